@@ -1,0 +1,221 @@
+"""Clipping of values and gradients, with everything that belongs to a parameter kept."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .constraints import Box
+from .errors import ConstraintError
+from .hooks import listeners
+from .membership import Membership
+
+Bound = float | Tensor | None
+
+
+@overload
+def clip_(param: Tensor, min: Bound = None, max: Bound = None) -> Tensor: ...
+@overload
+def clip_(param: Tensor, min: Callable[[Tensor], Tensor]) -> Tensor: ...
+def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bound = None) -> Tensor:
+    """Clip a parameter in place: its ID, moments and step stay, and its version counter grows.
+
+    Args:
+        param: the parameter, of any shape, floating dtype and device.
+        min: lower bound, a number or a tensor that broadcasts to the parameter; or a function that is given a copy of
+            the values and returns new ones of the same shape, for bounds that depend on other values.
+        max: upper bound, likewise. Without any bound, the constraint that the parameter's optimizer declared for it
+            is applied.
+
+    Returns:
+        Tensor: the parameter itself.
+
+    Raises:
+        ConstraintError: ``min`` is above ``max`` somewhere, a bound is NaN, a bound does not broadcast, the function
+            returns another shape, or there is neither a bound nor a declared constraint. The values are as they were.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.tensor([-2.0, 0.5, 3.0]))
+        >>> clip_(weight, -1.0, 1.0) is weight
+        True
+        >>> weight.tolist()
+        [-1.0, 0.5, 1.0]
+        >>> clip_(weight, lambda values: values.clamp(max=values.mean())).tolist()
+        [-1.0, 0.1666666716337204, 0.1666666716337204]
+    """
+    if callable(min):
+        return _clip_by_function(param, min)
+    if min is None and max is None:
+        declared = _declared(param)
+        min, max = declared.min, declared.max
+    low, high = _bound(param, "min", min), _bound(param, "max", max)
+    if low is not None and high is not None:
+        _require_ordered(param, low, high)
+    with torch.no_grad():
+        param.clamp_(low, high)
+    return param
+
+
+def _clip_by_function(param: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        values = function(param.detach().clone())
+        if not isinstance(values, Tensor) or values.shape != param.shape:
+            got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ConstraintError(
+                f"{_called(param)}: the function must return a tensor of shape {list(param.shape)}, got {got}"
+            )
+        param.copy_(values)
+    return param
+
+
+def _declared(param: Tensor) -> Box:
+    for optimizer in listeners():
+        if isinstance(optimizer, Membership):
+            entry = optimizer._entry(param)
+            if entry is not None and entry.constraint is not None:
+                return entry.constraint
+    raise ConstraintError(
+        f"{_called(param)}: no bound is given and no optimizer declared a constraint for it; give min, max or a "
+        "function, or declare one with opt.constrain(...)"
+    )
+
+
+def _called(param: Tensor) -> str:
+    """How a message names a parameter: by the name that its optimizer knows, else by its shape."""
+    for optimizer in listeners():
+        if isinstance(optimizer, Membership):
+            entry = optimizer._entry(param)
+            if entry is not None:
+                return f"parameter {optimizer._table.name(entry)!r}"
+    return f"parameter of shape {list(param.shape)}"
+
+
+def _bound(param: Tensor, label: str, bound: Bound) -> Tensor | None:
+    """A bound as a tensor that broadcasts to the parameter."""
+    if bound is None:
+        return None
+    tensor = torch.as_tensor(bound, device=param.device).detach().to(param.dtype)
+    try:
+        shape = torch.broadcast_shapes(tensor.shape, param.shape)
+    except RuntimeError:
+        shape = None
+    if shape != param.shape:
+        raise ConstraintError(
+            f"{_called(param)}: {label} has shape {list(tensor.shape)}, which does not broadcast to {list(param.shape)}"
+        )
+    invalid = tensor.isnan()
+    if bool(invalid.any()):
+        raise ConstraintError(f"{_called(param)}: {label} is nan{_at(invalid)}")
+    return tensor
+
+
+def _require_ordered(param: Tensor, low: Tensor, high: Tensor) -> None:
+    reversed_ = low > high
+    if bool(reversed_.any()):
+        first = _first(reversed_)
+        below, above = torch.broadcast_to(low, reversed_.shape)[first], torch.broadcast_to(high, reversed_.shape)[first]
+        raise ConstraintError(f"{_called(param)}: min {below.item()} is above max {above.item()}{_at(reversed_)}")
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())
+
+
+def _at(mask: Tensor) -> str:
+    return f" at index {list(_first(mask))}" if mask.dim() else ""
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the global norm of gradients in place: torch's function, with a second pass only where it clips.
+
+    A parameter that was frozen by ``requires_grad`` but still holds a gradient is counted: this function cannot know.
+
+    Args:
+        parameters: parameters whose ``.grad`` is clipped.
+        max_norm: largest norm allowed.
+        norm_type: order of the norm; for 2 on the host our kernels are used (sums in float64 and in one fixed order,
+            so the result does not depend on the number of threads), for every other order torch's own function.
+        error_if_nonfinite: raise where the norm is NaN or infinite.
+        foreach: passed on to torch's function where that is used.
+
+    Returns:
+        Tensor: the total norm, 0-dim, before clipping.
+
+    Raises:
+        RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set. No gradient is changed then.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, types.GeneratorType) and not given:
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+    grads = [param.grad for param in given if param.grad is not None]
+    threads = torch.get_num_threads()
+    squares, elsewhere = _core.sum_of_squares(grads, threads=threads) if float(norm_type) == 2.0 else (0.0, [0])
+    if elsewhere or not grads:
+        return torch.nn.utils.clip_grad_norm_(given, max_norm, norm_type, error_if_nonfinite, foreach)
+    norm = math.sqrt(squares)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot "
+            "be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    coefficient = clip_coefficient(norm, float(max_norm))
+    if coefficient != 1.0:
+        _core.scale_(grads, coefficient, threads=threads)
+        torch.autograd.graph.increment_version(grads)
+    dtype = grads[0].dtype
+    for grad in grads:
+        dtype = torch.promote_types(dtype, grad.dtype)
+    return torch.tensor(norm, dtype=dtype)
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What gradients are multiplied with: ``min(1, max_norm / (norm + 1e-6))``, and NaN where the norm is.
+
+    >>> clip_coefficient(0.5, 1.0)
+    1.0
+    """
+    coefficient = max_norm / (norm + 1e-6)
+    return 1.0 if coefficient > 1.0 else coefficient
+
+
+def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
+    """Clip each element of the gradients to ``[-clip_value, clip_value]``, in place: torch's own function.
+
+    Args:
+        parameters: parameters whose ``.grad`` is clipped.
+        clip_value: the bound.
+        foreach: as in :func:`torch.nn.utils.clip_grad_value_`.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([-3.0, 0.5])
+        >>> clip_grad_value_(weight, 1.0)
+        >>> weight.grad
+        tensor([-1.0000,  0.5000])
+    """
+    torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)

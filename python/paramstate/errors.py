@@ -1,0 +1,64 @@
+"""What can go wrong, one class for each cause.
+
+Every message names the parameter, what was expected, what came, and what to call. Errors of the step are raised before
+the first write: values, moments and steps are as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ParamStateError(Exception):
+    """The base of every error that this package raises about parameters and their state."""
+
+
+class ReplacedParameterError(ParamStateError, RuntimeError):
+    """A tracked parameter is no longer the one in the model, and following it by itself would be a guess."""
+
+
+class StateShapeError(ParamStateError, ValueError):
+    """A value, its gradient or its state have different shapes."""
+
+
+class OverlapError(ParamStateError, ValueError):
+    """Two parameters share memory, or one shares memory with itself."""
+
+
+class LoadError(ParamStateError, ValueError):
+    """A state dict does not fit the optimizer. Nothing was changed."""
+
+
+class ConstraintError(ParamStateError, ValueError):
+    """Bounds that cannot hold: reversed, not a number, of a shape that does not broadcast, or absent."""
+
+
+class UnsupportedError(ParamStateError, RuntimeError):
+    """A feature was asked for where it cannot be honoured."""
+
+
+class _NameError(ParamStateError, KeyError):
+    """A look-up error whose message prints as text: ``KeyError`` alone would print its ``repr``."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownParameterError(_NameError):
+    """A name or an object that no parameter of the optimizer answers to."""
+
+
+class AmbiguousNameError(_NameError):
+    """A bare name that several parameters of the optimizer share."""
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Names for a message: quoted, and cut where there are many.
+
+    >>> listed(["a", "b"])
+    "'a', 'b'"
+    >>> listed([str(i) for i in range(10)], limit=2)
+    "'0', '1' and 8 more"
+    """
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,259 @@
+"""Adam and AdamW: torch's classes, with state that belongs to parameters and a step on the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from . import _core
+from .constraints import Box
+from .errors import UnsupportedError
+from .functional import adam_step
+from .host import MOMENTS, HostStep, initial_state
+from .identified import IdentifiedOptimizer
+from .membership import OnReplace
+
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"paramstate needs torch 2.10 or later, found {torch.__version__}: pip install 'torch>=2.10'")
+_core.connect(torch.Tensor, nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
+
+Constraints = Box | Mapping[str, Box]
+
+
+class Adam(IdentifiedOptimizer, torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1), a drop-in for :class:`torch.optim.Adam`.
+
+    State belongs to a parameter, under an ID that stays when its tensor object is replaced, moved, renamed or reloaded.
+
+    Args:
+        params: what torch takes, or the model itself. A group's ``"params"`` may be a module, too.
+        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: as in :class:`torch.optim.Adam`. On the host ``foreach`` and ``fused`` choose no
+            kernel; ``fused=True`` only makes a gradient scaler leave unscaling to the step.
+        model: the model that the parameters belong to, where ``params`` is not the model. With it the optimizer knows
+            names, and a parameter that leaves the model is followed or raised.
+        store: the ``store`` of an earlier optimizer: IDs and state continue under the same names.
+        max_grad_norm: clip the global norm of all gradients to this inside the step, as
+            ``clip_grad_norm_(params, max_grad_norm)`` before it would; the gradients are left as they are, the norm is
+            in :attr:`grad_norm` afterwards.
+        constraints: a :class:`Box` for all parameters, or canonical name to :class:`Box`. Holds after every step.
+        on_replace: what happens to the state of a parameter whose tensor was replaced: ``"keep"`` it, ``"reset"`` it,
+            or raise an ``"error"``.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, with torch's texts.
+        OverlapError: two parameters share memory, or one is ``expand()``ed.
+        UnknownParameterError: ``constraints`` names an unknown parameter.
+
+    Example:
+        >>> import torch
+        >>> from paramstate import Adam
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = Adam(model, lr=0.1)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> opt.step()
+        >>> model.weight = torch.nn.Parameter(model.weight.detach().clamp(-1, 1))  # a new tensor object
+        >>> opt.state_of(model.weight)["step"]                                      # with the old one's state
+        tensor(1.)
+    """
+
+    _shaped_state = MOMENTS
+    _max_grad_norm: float | None = None
+    _grad_norm: Tensor | None = None
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        model: nn.Module | None = None,
+        store: _core.Store | None = None,
+        max_grad_norm: float | None = None,
+        constraints: Constraints | None = None,
+        on_replace: OnReplace = "keep",
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        given = self._begin_identity(params, model, store, on_replace)
+        torch.optim.Adam.__init__(
+            self,
+            given,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        self._max_grad_norm = max_grad_norm
+        self._end_identity()
+        self._declare(constraints)
+
+    def _declare(self, constraints: Constraints | None) -> None:
+        if isinstance(constraints, Mapping):
+            for entry in self._select(constraints):
+                del entry  # every name is looked up before the first constraint is declared
+            for name, constraint in constraints.items():
+                self.constrain(name, constraint)
+        elif constraints is not None:
+            self._sync()
+            self.constrain([entry.param for entry in self._table], constraints)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global norm of the gradients, 0-dim, that the last step with ``max_grad_norm`` saw; ``None`` before."""
+        return self._grad_norm
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called with gradients enabled, before they are read.
+
+        Returns:
+            What the closure returned, else ``None``.
+
+        Raises:
+            ReplacedParameterError: the model changed in a way that only the user can decide.
+            StateShapeError: a value, its gradient or its state have different shapes.
+            OverlapError: parameters share memory.
+
+        After an error values, moments and steps are as they were.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            self._step_traced()
+        else:
+            with self._lock:
+                self._step_eagerly()
+        return loss
+
+    def _step_eagerly(self) -> None:
+        self._settle(stepping=True)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf != 0):
+            return
+        if self._needs_torch():
+            self._sync()
+            self._step_traced()
+            return
+        step = HostStep(self, self._max_grad_norm)
+        step.run()
+        if step.grad_norm is not None:
+            self._grad_norm = torch.tensor(step.grad_norm, dtype=torch.float64)
+
+    def _needs_torch(self) -> bool:
+        """Whether the whole step is torch's: tensors may not be what they seem, or gradients flow through the step."""
+        return (
+            any(group["differentiable"] or group["capturable"] for group in self.param_groups)
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.maybe_current_level() is not None
+        )
+
+    def _step_traced(self) -> None:
+        """The step that ``torch.compile``, tracing and ``differentiable`` can look into."""
+        if self._max_grad_norm is not None:
+            raise UnsupportedError(
+                "max_grad_norm cannot be honoured by a step that is compiled, traced, capturable or differentiable; "
+                "call clip_grad_norm_(...) before step()"
+            )
+        if self._constrained:
+            raise UnsupportedError(
+                "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable; "
+                "call clip_(...) after step()"
+            )
+        for group in self.param_groups:
+            adam_step(self, group, group["params"])
+
+    def materialize_state(self) -> None:
+        """Create the state of every parameter that requires a gradient and has none, without taking a step."""
+        self._sync()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and not self.state.get(param):
+                    self.state[param].update(initial_state(param, group))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 2), a drop-in for :class:`torch.optim.AdamW`.
+
+    As :class:`Adam`, with decay that does not pass through the moments.
+
+    Example:
+        >>> import torch
+        >>> from paramstate import AdamW
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> opt = AdamW(model, lr=1e-3, max_grad_norm=1.0)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> opt.step()
+        >>> opt.state_of("1.weight")["step"]
+        tensor(1.)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT | nn.Module,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        model: nn.Module | None = None,
+        store: _core.Store | None = None,
+        max_grad_norm: float | None = None,
+        constraints: Constraints | None = None,
+        on_replace: OnReplace = "keep",
+    ) -> None:
+        Adam.__init__(
+            self,
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            model=model,
+            store=store,
+            max_grad_norm=max_grad_norm,
+            constraints=constraints,
+            on_replace=on_replace,
+        )

@@ -1,0 +1,133 @@
+"""Changes of values and state that the user asks for, under IDs that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .constraints import Box
+from .errors import StateShapeError
+from .identity import Entry
+from .membership import Key, Membership
+from .relayout import TensorMap, require_relayout
+
+
+class Surgery(Membership):
+    """The part of an optimizer that replaces, resets and constrains parameters."""
+
+    def reset(self, which: Key | Iterable[Key]) -> None:
+        """Make the state of parameters as if they had never been stepped. Values and IDs stay.
+
+        Args:
+            which: a parameter, a name, or several of them.
+
+        Raises:
+            UnknownParameterError: one of them is not known. Nothing is reset then.
+        """
+        for entry in self._select(which):
+            self.state.pop(entry.param, None)
+
+    def replace_(self, which: Key, value: Tensor, state: Literal["keep", "reset"] | TensorMap = "keep") -> Tensor:
+        """Give a parameter a new value, or a new ``nn.Parameter``, under the same ID.
+
+        A plain tensor of the same shape is copied into the parameter. Otherwise a new ``nn.Parameter`` takes its place
+        in the groups and in every slot of the models that the optimizer knows; where it knows none, assign what is
+        returned.
+
+        Args:
+            which: the parameter, as the tensor or by name.
+            value: the new value (of any shape), or the new ``nn.Parameter`` itself.
+            state: ``"keep"``; ``"reset"``; or the map that carried the value, through which each state tensor of the
+                parameter's shape is sent as well. The map must be a pure re-layout, which is checked.
+
+        Returns:
+            Tensor: the parameter as it is now.
+
+        Raises:
+            UnknownParameterError: ``which`` is not known.
+            StateShapeError: the shape changes and ``state`` is ``"keep"``, or the map is no re-layout. Nothing is
+                changed then.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import AdamW
+            >>> model = torch.nn.Linear(2, 3)
+            >>> opt = AdamW(model)
+            >>> before = opt.ids["weight"]
+            >>> _ = opt.replace_("weight", model.weight.T, state=lambda t: t.T)
+            >>> list(model.weight.shape), opt.ids["weight"] == before
+            ([2, 3], True)
+        """
+        entry = self._find(which)
+        old, name = entry.param, self._table.name(entry)
+        carried: dict[str, Any] = {}
+        if callable(state):
+            require_relayout(name, state, old.shape, value.shape)
+            carried = self._carried(entry, state)
+        elif state not in ("keep", "reset"):
+            raise ValueError(f"state must be 'keep', 'reset' or a map, got {state!r}")
+        elif state == "keep" and value.shape != old.shape:
+            raise StateShapeError(
+                f"parameter {name!r} has shape {list(old.shape)}, the new value has {list(value.shape)}; to carry the "
+                "state give the map that carried the value as state=, to start afresh state='reset'"
+            )
+        if value.shape == old.shape and not isinstance(value, nn.Parameter):
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            self._install(entry, value)
+        if carried:
+            self.state[entry.param].update(carried)
+        elif state == "reset":
+            self.state.pop(entry.param, None)
+        return entry.param
+
+    def _carried(self, entry: Entry, carry: TensorMap) -> dict[str, Any]:
+        held = self.state.get(entry.param) or {}
+        return {
+            key: carry(tensor.detach()).clone()
+            for key, tensor in held.items()
+            if isinstance(tensor, Tensor) and tensor.shape == entry.param.shape and key != "step"
+        }
+
+    def _install(self, entry: Entry, value: Tensor) -> None:
+        """Put a new parameter in the place of the old one, everywhere."""
+        old = entry.param
+        if isinstance(value, nn.Parameter):
+            new = value
+        else:
+            new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        self._exchange(entry, new)
+        for slot in entry.slots:
+            module = slot.module()
+            if module is not None:
+                setattr(module, slot.attribute, new)
+
+    def constrain(self, which: Key | Iterable[Key], constraint: Box) -> None:
+        """Declare a constraint that holds after every step; the values are projected at once.
+
+        Args:
+            which: a parameter, a name, or several of them.
+            constraint: the bounds.
+
+        Raises:
+            UnknownParameterError: one of them is not known. Nothing is declared then.
+        """
+        if not isinstance(constraint, Box):
+            raise TypeError(f"a constraint must be a paramstate.Box, got {type(constraint).__name__}")
+        for entry in self._select(which):
+            self._constrained = True
+            entry.constraint = constraint
+            self._table.store.set_bounds(entry.id, constraint.min, constraint.max)
+            with torch.no_grad():
+                entry.param.clamp_(constraint.min, constraint.max)
+
+    def _project(self, params: Iterable[Tensor]) -> None:
+        """Apply declared constraints with torch operations."""
+        for param in params:
+            entry = self._table.of(param)
+            if entry is not None and entry.constraint is not None:
+                param.clamp_(entry.constraint.min, entry.constraint.max)

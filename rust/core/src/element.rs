@@ -1,0 +1,286 @@
+//! The element types of values, gradients and moments, and the two types that arithmetic runs in.
+
+use std::fmt;
+use std::ops::{Add, Div, Mul, Sub};
+
+use half::{bf16, f16};
+
+/// The element type of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 64-bit float.
+    F64,
+    /// 32-bit float.
+    F32,
+    /// 16-bit float with eight bits of exponent.
+    Bf16,
+    /// 16-bit float with five bits of exponent.
+    F16,
+}
+
+impl DType {
+    /// Bytes per element.
+    #[must_use]
+    pub const fn size_of(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// The name that torch and NumPy use.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F64 => "float64",
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A Rust type that a buffer can hold: `f64`, `f32`, [`bf16`] and [`f16`](struct@f16). Sealed.
+pub trait Element: Convert + fmt::Debug + PartialEq + Send + Sync + 'static {
+    /// The type's tag.
+    const DTYPE: DType;
+}
+
+/// Conversion from and to the compute types, rounding to the nearest, ties to even. As in torch, a
+/// `f64` reaches a 16-bit type through `f32`.
+pub trait Convert: Copy {
+    /// Exact but for `f64`.
+    fn to_f32(self) -> f32;
+    /// Exact.
+    fn to_f64(self) -> f64;
+    /// Rounded where needed; a NaN stays one.
+    fn from_f32(x: f32) -> Self;
+    /// Rounded where needed; a NaN stays one.
+    fn from_f64(x: f64) -> Self;
+}
+
+macro_rules! elements {
+    ($($type:ty => $dtype:expr),* $(,)?) => {
+        $(impl Element for $type {
+            const DTYPE: DType = $dtype;
+        })*
+    };
+}
+
+elements!(f64 => DType::F64, f32 => DType::F32, bf16 => DType::Bf16, f16 => DType::F16);
+
+impl Convert for f64 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x.into()
+    }
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x
+    }
+}
+
+impl Convert for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        x as f32
+    }
+}
+
+/// By integer arithmetic without a branch, so that a loop over it becomes vector code.
+impl Convert for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        Convert::to_f32(self).into()
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        let bits = x.to_bits();
+        // Half of the last place kept, less one where that place is even: ties go to even.
+        let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // The addition can make anything of a NaN: these bits make it a quiet one.
+        let quiet = if x.is_nan() { 0x7fc0 } else { 0 };
+        Self::from_bits((nearest | quiet) as u16)
+    }
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        Convert::from_f32(x as f32)
+    }
+}
+
+/// Like `bf16`, all cases computed and one chosen. No result depends on whether the thread flushes
+/// denormal `f32` to zero: none is made here, and one that comes is less than half of what `f16` has.
+impl Convert for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        let sign = u32::from(self.to_bits() & 0x8000) << 16;
+        let magnitude = u32::from(self.to_bits() & 0x7fff) << 13;
+        // The exponent's bias grows from 15 to 127. Infinity and NaN have the largest one there is.
+        let normal = magnitude + (112 << 23);
+        let not_finite = magnitude + (224 << 23);
+        // Below the least exponent there is no leading one: it is put there, and subtracted.
+        let least = 113 << 23;
+        let denormal = (f32::from_bits(magnitude | least) - f32::from_bits(least)).to_bits();
+        let finite = if magnitude < 1 << 23 { denormal } else { normal };
+        f32::from_bits(sign | if magnitude < 31 << 23 { finite } else { not_finite })
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        Convert::to_f32(self).into()
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        let bits = x.to_bits() & 0x7fff_ffff;
+        let sign = x.to_bits() >> 16 & 0x8000;
+        // As for bf16: half of the last place kept, less one where that place is even.
+        let normal = bits.wrapping_add(0xfff + (bits >> 13 & 1)).wrapping_sub(112 << 23) >> 13;
+        // The last place of 0.5 is that of the denormals: the addition rounds to it.
+        let denormal = (f32::from_bits(bits) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+        let finite = if bits < 113 << 23 { denormal } else { normal };
+        let finite = finite.min(0x7c00); // what is too large becomes infinity
+        let nan = 0x7e00 | (bits >> 13 & 0x3ff);
+        Self::from_bits((sign | if bits > 0x7f80_0000 { nan } else { finite }) as u16)
+    }
+    #[inline(always)]
+    fn from_f64(x: f64) -> Self {
+        Convert::from_f32(x as f32)
+    }
+}
+
+/// The type that arithmetic runs in: `f64` where an operand is `f64`, else `f32`.
+pub(crate) trait Compute:
+    Element
+    + PartialOrd
+    + Default
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+{
+    fn narrow(x: f64) -> Self;
+    /// `self * a + b`, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    fn sqrt(self) -> Self;
+    fn is_nan(self) -> bool;
+    fn decode<T: Element>(x: T) -> Self;
+    fn encode<T: Element>(self) -> T;
+}
+
+impl Compute for f32 {
+    #[inline(always)]
+    fn narrow(x: f64) -> Self {
+        x as Self
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f32::mul_add(self, a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f32::sqrt(self)
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f32::is_nan(self)
+    }
+    #[inline(always)]
+    fn decode<T: Element>(x: T) -> Self {
+        x.to_f32()
+    }
+    #[inline(always)]
+    fn encode<T: Element>(self) -> T {
+        T::from_f32(self)
+    }
+}
+
+impl Compute for f64 {
+    #[inline(always)]
+    fn narrow(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        f64::mul_add(self, a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        f64::sqrt(self)
+    }
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        f64::is_nan(self)
+    }
+    #[inline(always)]
+    fn decode<T: Element>(x: T) -> Self {
+        x.to_f64()
+    }
+    #[inline(always)]
+    fn encode<T: Element>(self) -> T {
+        T::from_f64(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn same(a: f32, b: f32) -> bool {
+        a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())
+    }
+
+    #[test]
+    fn every_16_bit_number_is_decoded_as_half_does() {
+        for bits in 0..=u16::MAX {
+            let (x, y) = (f16::from_bits(bits), bf16::from_bits(bits));
+            assert!(same(Convert::to_f32(x), f16::to_f32(x)), "{bits:#x}");
+            assert!(same(Convert::to_f32(y), bf16::to_f32(y)), "{bits:#x}");
+        }
+    }
+
+    /// Every exponent, every pattern at the place where rounding is decided, a few in between.
+    #[test]
+    fn numbers_are_rounded_to_16_bits_as_half_does() {
+        let mantissas = (0..1 << 11).map(|low| low << 12);
+        let mantissas = mantissas.flat_map(|high| [0, 1, 0xfff].map(|low| high | low));
+        for mantissa in mantissas {
+            for high in 0..1 << 9 {
+                let x = f32::from_bits(high << 23 | mantissa);
+                let (a, b) = (<f16 as Convert>::from_f32(x), f16::from_f32(x));
+                assert!(a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()), "{x:e}");
+                let (a, b) = (<bf16 as Convert>::from_f32(x), bf16::from_f32(x));
+                assert!(a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()), "{x:e}");
+            }
+        }
+    }
+}

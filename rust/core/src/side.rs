@@ -1,0 +1,155 @@
+//! One operand of a loop: used where it lies if the loop can, else through a block of scratch.
+
+use std::ops::Range;
+
+use crate::Operand;
+use crate::codec::{self, BLOCK};
+use crate::element::Compute;
+use crate::isa::Isa;
+use crate::layout::Steps;
+
+/// An operand, how its elements follow each other, and whether a loop in the compute type may work
+/// on the memory itself.
+pub(crate) struct Side<'a> {
+    operand: Operand,
+    steps: Steps<'a>,
+    pub in_place: bool,
+}
+
+impl<'a> Side<'a> {
+    pub(crate) fn new<C: Compute>(operand: Operand, steps: Steps<'a>) -> Self {
+        let in_place = operand.dtype == C::DTYPE
+            && matches!(steps, Steps::Dense)
+            && operand.ptr.cast::<C>().is_aligned();
+        Self { operand, steps, in_place }
+    }
+
+    /// Goes through scratch if it is the memory of `other`, so that no slice of it is alive while
+    /// the other is written.
+    pub(crate) fn apart_from(mut self, other: Operand) -> Self {
+        self.in_place &= self.operand.ptr != other.ptr;
+        self
+    }
+
+    /// The elements `span`, for reading.
+    ///
+    /// # Safety
+    /// They are readable, and nothing writes them while the slice lives. `C` is the type given to
+    /// `new`. Unless the side is in place, `span` is no longer than the scratch.
+    pub(crate) unsafe fn read<'b, C: Compute>(
+        &self,
+        span: Range<usize>,
+        scratch: &'b mut [C; BLOCK],
+        isa: Isa,
+    ) -> &'b [C] {
+        let len = span.len();
+        if !self.in_place {
+            let target = &mut scratch[..len];
+            // SAFETY: the caller's contract.
+            unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+            return target;
+        }
+        // SAFETY: in place means dense and of type `C`; the caller says that `span` is readable.
+        let first = unsafe { self.operand.ptr.cast_const().cast::<C>().add(span.start) };
+        // SAFETY: in place also means aligned.
+        unsafe { std::slice::from_raw_parts(first, len) }
+    }
+
+    /// The elements `span`, for reading and writing; `close` ends it.
+    ///
+    /// # Safety
+    /// They are readable and writable, and no one else's while the slice lives. `C` is the type
+    /// given to `new`. Unless the side is in place, `span` is no longer than the scratch.
+    pub(crate) unsafe fn open<'b, C: Compute>(
+        &self,
+        span: Range<usize>,
+        scratch: &'b mut [C; BLOCK],
+        isa: Isa,
+    ) -> &'b mut [C] {
+        let len = span.len();
+        if !self.in_place {
+            let target = &mut scratch[..len];
+            // SAFETY: the caller's contract.
+            unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+            return target;
+        }
+        // SAFETY: in place means dense and of type `C`; the caller says that `span` is ours.
+        let first = unsafe { self.operand.ptr.cast::<C>().add(span.start) };
+        // SAFETY: in place also means aligned.
+        unsafe { std::slice::from_raw_parts_mut(first, len) }
+    }
+
+    /// Stores what was written to the slice that `open` gave.
+    ///
+    /// # Safety
+    /// `open` was called with the same span and scratch, and what it asks for still holds.
+    pub(crate) unsafe fn close<C: Compute>(
+        &self,
+        span: Range<usize>,
+        scratch: &[C; BLOCK],
+        isa: Isa,
+    ) {
+        if !self.in_place {
+            let source = &scratch[..span.len()];
+            // SAFETY: the caller's contract.
+            unsafe { codec::encode(self.operand, self.steps, span, source, isa) };
+        }
+    }
+}
+
+/// A thread's scratch, made when a task first needs it.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub single: Option<Box<Blocks<f32>>>,
+    pub double: Option<Box<Blocks<f64>>>,
+}
+
+/// One block for each operand of the update.
+pub(crate) struct Blocks<C> {
+    pub value: [C; BLOCK],
+    pub grad: [C; BLOCK],
+    pub exp_avg: [C; BLOCK],
+    pub exp_avg_sq: [C; BLOCK],
+    pub max_exp_avg_sq: [C; BLOCK],
+}
+
+impl<C: Compute> Default for Blocks<C> {
+    fn default() -> Self {
+        let zeros = || [C::default(); BLOCK];
+        Self {
+            value: zeros(),
+            grad: zeros(),
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
+            max_exp_avg_sq: zeros(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn the_memory_of_another_side_is_never_used_in_place() {
+        let mut memory = [0.0f32; 2];
+        let operand = Operand { ptr: memory.as_mut_ptr().cast(), dtype: DType::F32 };
+        let other = Operand { ptr: operand.ptr.wrapping_add(4), ..operand };
+        let side = || Side::new::<f32>(operand, Steps::Dense);
+        assert!(side().apart_from(other).in_place);
+        assert!(!side().apart_from(operand).in_place);
+    }
+
+    #[test]
+    fn only_aligned_dense_memory_of_the_compute_type_is_used_in_place() {
+        let mut memory = [0.0f32; 2];
+        let operand = Operand { ptr: memory.as_mut_ptr().cast(), dtype: DType::F32 };
+        let strided = Steps::Strided { shape: &[2], strides: &[1] };
+        assert!(Side::new::<f32>(operand, Steps::Dense).in_place);
+        assert!(!Side::new::<f64>(operand, Steps::Dense).in_place);
+        assert!(!Side::new::<f32>(operand, strided).in_place);
+        let odd = Operand { ptr: operand.ptr.wrapping_add(1), ..operand };
+        assert!(!Side::new::<f32>(odd, Steps::Dense).in_place);
+    }
+}

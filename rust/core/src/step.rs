@@ -1,0 +1,281 @@
+//! One optimizer step over parameters of a store: everything is checked, then everything is written.
+
+use std::collections::HashSet;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+
+use crate::values::{EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, VALUE, extent};
+use crate::{
+    Adam, AdamTask, Buffer, Element, Entry, Error, Execution, Layout, Lent, Operand, Order,
+    OwnedBuffer, ParamId, Result, SecondMoment, Store, StridedLayout, View, ViewLayout, adam_step,
+    clip_coefficient, overlapping, row_major, sum_of_squares,
+};
+
+/// The gradient of one parameter, row-major and as long as its value, of any element type.
+///
+/// ```
+/// use paramstate::Gradient;
+///
+/// let grad = vec![0.1f32, 0.2];
+/// let gradient = Gradient::from(&grad[..]);
+/// # let _ = gradient;
+/// ```
+#[derive(Clone, Debug)]
+pub struct Gradient<'a> {
+    view: View,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl Gradient<'_> {
+    /// A gradient in any memory and layout; strides may be 0.
+    ///
+    /// # Safety
+    /// For as long as the gradient lives, the view's elements are readable, nobody writes them, and
+    /// they are none of the store's.
+    #[must_use]
+    pub unsafe fn from_view(view: View) -> Self {
+        Self { view, memory: PhantomData }
+    }
+}
+
+impl<'a, T: Element> From<&'a [T]> for Gradient<'a> {
+    fn from(grad: &'a [T]) -> Self {
+        let operand = Operand { ptr: grad.as_ptr().cast_mut().cast(), dtype: T::DTYPE };
+        let layout = ViewLayout::Flat { len: grad.len() };
+        Self { view: View { operand, layout }, memory: PhantomData }
+    }
+}
+
+impl<'a, T: Element, const N: usize> From<&'a [T; N]> for Gradient<'a> {
+    fn from(grad: &'a [T; N]) -> Self {
+        grad.as_slice().into()
+    }
+}
+
+impl<'a, T: Element> From<&'a Vec<T>> for Gradient<'a> {
+    fn from(grad: &'a Vec<T>) -> Self {
+        grad.as_slice().into()
+    }
+}
+
+/// How a step is taken, beside the optimizer's settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOptions {
+    /// Gradients of a greater global norm are scaled down to it, as they are read.
+    pub max_grad_norm: Option<f64>,
+    /// Threads, the caller among them; by default as many as the machine runs at once. Results do
+    /// not depend on it.
+    pub threads: NonZeroUsize,
+}
+
+impl Default for StepOptions {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Self { max_grad_norm: None, threads }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// The gradients' global norm before clipping, if `max_grad_norm` was set. As in torch, a norm
+    /// that is not finite is no error: it makes NaN of the values.
+    pub grad_norm: Option<f64>,
+    /// How many parameters were updated.
+    pub updated: usize,
+}
+
+/// One parameter whose step was checked.
+struct Ready<'g> {
+    position: usize,
+    grad: &'g View,
+    value: Lent,
+    /// In the order of [`STATE`]; those that exist already.
+    state: [Option<Lent>; 3],
+}
+
+const STATE: [&str; 3] = [EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ];
+
+impl Store {
+    /// One step of Adam or AdamW over the parameters that have a gradient. Moments that do not
+    /// exist yet are made, zeroed, in the value's dtype. Bounds set for a parameter hold afterwards.
+    ///
+    /// # Errors
+    /// Nothing was written after any of: [`Error::InvalidSetting`], [`Error::UnknownId`],
+    /// [`Error::DuplicateGradient`], [`Error::MissingBuffer`], [`Error::LenderGone`],
+    /// [`Error::Expanded`], [`Error::ShapeMismatch`], [`Error::Overlap`].
+    ///
+    /// ```
+    /// use paramstate::{Adam, Store, StepOptions};
+    ///
+    /// let mut store = Store::new();
+    /// let weight = store.register_values(Some("weight"), None, &[2], &[1.0f32, -1.0])?;
+    /// let bias = store.register_values(Some("bias"), None, &[1], &[0.0f32])?;
+    /// let (weight_grad, bias_grad) = (vec![3.0f32, 0.0], vec![4.0f32]);
+    ///
+    /// let report = store.step(
+    ///     &[(weight, (&weight_grad).into()), (bias, (&bias_grad).into())],
+    ///     &Adam { lr: 0.1, ..Adam::default() },
+    ///     &StepOptions { max_grad_norm: Some(1.0), ..StepOptions::default() },
+    /// )?;
+    /// assert_eq!((report.grad_norm, report.updated), (Some(5.0), 2));
+    /// assert!((store.values::<f32>(bias)?[0] + 0.1).abs() < 1e-6);
+    /// # Ok::<(), paramstate::Error>(())
+    /// ```
+    pub fn step(
+        &mut self,
+        grads: &[(ParamId, Gradient<'_>)],
+        adam: &Adam,
+        options: &StepOptions,
+    ) -> Result<StepReport> {
+        adam.validate()?;
+        let ready = self.check(grads)?;
+        let execution = Execution::new(options.threads);
+        let grad_norm = options.max_grad_norm.map(|_| {
+            let views: Vec<View> = ready.iter().map(|ready| ready.grad.clone()).collect();
+            // SAFETY: a `Gradient` borrows its elements, or its maker promised that they last.
+            unsafe { sum_of_squares(&views, &execution) }.sqrt()
+        });
+        let coefficient = match (grad_norm, options.max_grad_norm) {
+            (Some(norm), Some(max_norm)) => clip_coefficient(norm, max_norm),
+            _ => 1.0,
+        };
+        let tasks: Vec<AdamTask> = ready
+            .into_iter()
+            .map(|ready| self.entries[ready.position].task(ready, adam, coefficient))
+            .collect();
+        // SAFETY: every operand is owned by this store, which is borrowed mutably, or lent for the
+        // length of this call, or a gradient as above; `check` found all layouts of one shape, no
+        // written element twice, and no two parameters that share memory.
+        unsafe { adam_step(&tasks, Order::Parallel, &execution) };
+        Ok(StepReport { grad_norm, updated: tasks.len() })
+    }
+
+    fn check<'g>(&self, grads: &'g [(ParamId, Gradient<'_>)]) -> Result<Vec<Ready<'g>>> {
+        let mut seen = HashSet::with_capacity(grads.len());
+        let mut all = Vec::with_capacity(grads.len());
+        for (id, gradient) in grads {
+            let position = self.position(*id)?;
+            let entry = &self.entries[position];
+            if !seen.insert(*id) {
+                return Err(Error::DuplicateGradient { parameter: entry.label() });
+            }
+            let value = entry.lent_for_writing(VALUE)?;
+            entry.check_shape("grad", &value.layout, &gradient.view.layout)?;
+            let mut state = [const { None }; 3];
+            for (slot, key) in state.iter_mut().zip(STATE) {
+                if entry.buffer(key).is_some() {
+                    let lent = entry.lent_for_writing(key)?;
+                    entry.check_shape(key, &value.layout, &lent.layout)?;
+                    *slot = Some(lent);
+                }
+            }
+            all.push(Ready { position, grad: &gradient.view, value, state });
+        }
+        self.check_apart(&all)?;
+        Ok(all)
+    }
+
+    /// Memory that is written belongs to one parameter, and there to one buffer.
+    fn check_apart(&self, all: &[Ready<'_>]) -> Result<()> {
+        let written = all.iter().flat_map(|ready| {
+            let lents =
+                [Some(&ready.value)].into_iter().chain(ready.state.iter().map(Option::as_ref));
+            lents.flatten().map(|lent| (ready.position, extent(lent)))
+        });
+        let (positions, extents): (Vec<usize>, Vec<_>) = written.unzip();
+        match overlapping(&extents).first() {
+            Some(&(first, second)) => Err(Error::Overlap {
+                first: self.entries[positions[first]].label(),
+                second: self.entries[positions[second]].label(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Entry {
+    fn check_shape(&self, key: &str, value: &ViewLayout, other: &ViewLayout) -> Result<()> {
+        let value_shape = match value {
+            ViewLayout::Strided { shape, .. } => Some(shape),
+            ViewLayout::Flat { .. } => self.shape.as_ref(),
+        };
+        let fits = match (value_shape, other) {
+            (Some(expected), ViewLayout::Strided { shape, .. }) => expected == shape,
+            _ => value.len() == other.len(),
+        };
+        if fits {
+            return Ok(());
+        }
+        let got = match other {
+            ViewLayout::Strided { shape, .. } => shape.clone(),
+            ViewLayout::Flat { len } => vec![*len],
+        };
+        let expected = value_shape.cloned().unwrap_or_else(|| vec![value.len()]);
+        Err(Error::ShapeMismatch { parameter: self.label(), key: key.to_owned(), expected, got })
+    }
+
+    /// Makes what state is missing, counts the step, and says what is to be done.
+    fn task(&mut self, ready: Ready<'_>, adam: &Adam, coefficient: f64) -> AdamTask {
+        let Ready { grad, value, state, .. } = ready;
+        let [exp_avg, exp_avg_sq, max] = state;
+        let exp_avg = exp_avg.unwrap_or_else(|| self.zeros(EXP_AVG, &value));
+        let exp_avg_sq = exp_avg_sq.unwrap_or_else(|| self.zeros(EXP_AVG_SQ, &value));
+        let max = match adam.second_moment {
+            SecondMoment::Running => None,
+            SecondMoment::Maximum => {
+                Some(max.unwrap_or_else(|| self.zeros(MAX_EXP_AVG_SQ, &value)))
+            }
+        };
+        self.step += 1;
+        let layouts = [
+            &value.layout,
+            &grad.layout,
+            &exp_avg.layout,
+            &exp_avg_sq.layout,
+            max.as_ref().map_or(&value.layout, |max| &max.layout),
+        ];
+        AdamTask {
+            value: value.operand,
+            grad: grad.operand,
+            exp_avg: exp_avg.operand,
+            exp_avg_sq: exp_avg_sq.operand,
+            max_exp_avg_sq: max.as_ref().map(|max| max.operand),
+            layout: common_layout(layouts),
+            scalars: adam.scalars(self.step as f64, coefficient),
+            bounds: self.bounds,
+        }
+    }
+
+    /// Zeros like the value, kept under `key`.
+    fn zeros(&mut self, key: &str, value: &Lent) -> Lent {
+        let buffer = OwnedBuffer::zeroed(value.operand.dtype, value.layout.len());
+        let lent =
+            Lent { operand: buffer.operand(), layout: ViewLayout::Flat { len: buffer.len() } };
+        self.set_buffer(key, Buffer::Owned(buffer));
+        lent
+    }
+}
+
+/// Of value, gradient and moments, which have one shape: flat where all of them are (they are
+/// row-major then), else strides for each.
+fn common_layout(layouts: [&ViewLayout; 5]) -> Layout {
+    let shape = layouts.iter().find_map(|layout| match layout {
+        ViewLayout::Strided { shape, .. } => Some(shape),
+        ViewLayout::Flat { .. } => None,
+    });
+    let Some(shape) = shape else { return Layout::Flat { len: layouts[0].len() } };
+    let [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq] = layouts.map(|layout| match layout {
+        ViewLayout::Strided { strides, .. } => strides.clone(),
+        ViewLayout::Flat { .. } => row_major(shape),
+    });
+    let shape = shape.clone();
+    Layout::Strided(Box::new(StridedLayout {
+        shape,
+        value,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+    }))
+}

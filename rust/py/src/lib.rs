@@ -1,0 +1,53 @@
+//! `paramstate._core`: reads torch tensors and NumPy arrays, and calls the `paramstate` crate.
+//!
+//! This crate converts and calls; what is a step, an overlap or an error is decided by the core, and what to do about it by
+//! the Python package. It is the only crate that names pyo3.
+
+use pyo3::prelude::*;
+
+mod array;
+mod arrays;
+mod dlpack;
+mod error;
+mod findings;
+mod geometry;
+mod gradients;
+mod lender;
+mod lending;
+mod loans;
+mod lookup;
+mod memory;
+
+mod outcome;
+mod reading;
+mod roster;
+mod running;
+mod scaling;
+mod sharing;
+mod slots;
+mod state;
+mod store;
+mod tensor;
+mod tensors;
+mod walk;
+
+/// The name of the instruction set that the kernels run on here.
+#[pyfunction]
+fn isa() -> &'static str {
+    paramstate::Isa::detect().name()
+}
+
+/// The compiled part of paramstate.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<store::Store>()?;
+    module.add_class::<walk::Walk>()?;
+    module.add_class::<outcome::Outcome>()?;
+    module.add_class::<outcome::Problem>()?;
+    module.add_function(wrap_pyfunction!(tensor::connect, module)?)?;
+    module.add_function(wrap_pyfunction!(tensors::sum_of_squares, module)?)?;
+    module.add_function(wrap_pyfunction!(tensors::scale_, module)?)?;
+    module.add_function(wrap_pyfunction!(tensors::overlapping, module)?)?;
+    module.add_function(wrap_pyfunction!(tensors::expanded, module)?)?;
+    module.add_function(wrap_pyfunction!(isa, module)?)
+}

@@ -1,0 +1,96 @@
+//! Which memory a step writes, and whether any of it is shared.
+//!
+//! An exact answer sorts all tensors, which costs more than the step of a small one; so it is kept together with the list
+//! of addresses and layouts that it was found for, and holds while each step brings the very same list. Nothing else of
+//! an earlier step is ever used. Gradients are new on each step: see `gradients`.
+
+use paramstate::{AdamTask, Layout, Operand, Order};
+
+use crate::findings::Findings;
+use crate::running::Counter;
+use crate::sharing;
+
+/// The latest verdict, with what it was found for.
+#[derive(Default)]
+pub struct Memory {
+    key: Vec<usize>,
+    cursor: usize,
+    unchanged: bool,
+    verdict: Option<Verdict>,
+}
+
+/// For memory of which nothing is shared that must not be.
+pub struct Verdict {
+    pub order: Order,
+    /// Start and end of what the tasks write: sorted, and no two of them touch.
+    pub written: Vec<(usize, usize)>,
+}
+
+/// The tensors of a task that are written, with their index in `KEYS`.
+pub fn written(task: &AdamTask) -> impl Iterator<Item = (usize, Operand)> {
+    [(0, task.value), (2, task.exp_avg), (3, task.exp_avg_sq)]
+        .into_iter()
+        .chain(task.max_exp_avg_sq.map(|operand| (4, operand)))
+}
+
+impl Memory {
+    /// Begins a step.
+    pub fn begin(&mut self) {
+        self.cursor = 0;
+        self.unchanged = self.verdict.is_some();
+    }
+
+    /// Notes the memory of one task. `row` tells apart two parameters that have the same addresses.
+    #[inline]
+    pub fn note(&mut self, row: usize, task: &AdamTask, counter: &Counter) {
+        let dtypes = written(task).fold(1, |code, (_, operand)| code << 4 | operand.dtype as usize);
+        let (len, strided) = match &task.layout {
+            Layout::Flat { len } => (*len, None),
+            Layout::Strided(layout) => (usize::MAX, Some(layout)),
+        };
+        self.compare(&[
+            row,
+            len,
+            dtypes,
+            task.value.ptr.addr(),
+            task.exp_avg.ptr.addr(),
+            task.exp_avg_sq.ptr.addr(),
+            task.max_exp_avg_sq.map_or(0, |operand| operand.ptr.addr()),
+            counter.ptr.addr(),
+        ]);
+        if let Some(layout) = strided {
+            self.compare(&layout.shape);
+            for strides in
+                [&layout.value, &layout.exp_avg, &layout.exp_avg_sq, &layout.max_exp_avg_sq]
+            {
+                let words: Vec<usize> = strides.iter().map(|&stride| stride as usize).collect();
+                self.compare(&words);
+            }
+        }
+    }
+
+    #[inline]
+    fn compare(&mut self, words: &[usize]) {
+        let end = self.cursor + words.len();
+        if self.unchanged && self.key.get(self.cursor..end) == Some(words) {
+            self.cursor = end;
+            return;
+        }
+        self.unchanged = false;
+        self.key.truncate(self.cursor);
+        self.key.extend_from_slice(words);
+        self.cursor = end;
+    }
+
+    /// The order in which the tasks may run; adds to `findings` what may not run, or not here.
+    pub fn judge(&mut self, findings: &mut Findings<'_>) -> Order {
+        if !self.unchanged || self.cursor != self.key.len() {
+            self.key.truncate(self.cursor);
+            self.verdict = sharing::examine(findings);
+        }
+        match &self.verdict {
+            Some(verdict) => verdict.with_gradients(findings),
+            None => Order::InSequence,
+        }
+    }
+}

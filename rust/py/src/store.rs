@@ -1,0 +1,345 @@
+//! `paramstate.Store`: the core's store as a Python class.
+
+use std::num::NonZeroUsize;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use numpy::PyUntypedArray;
+use paramstate::{Adam, Bounds, Decay, Direction, ParamId, SecondMoment, StepOptions};
+use pyo3::exceptions::PyTypeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+use pyo3::types::{PyDict, PyMapping};
+
+use crate::arrays;
+use crate::error::to_python;
+use crate::loans::Loans;
+use crate::lookup::{Key, all_names, known};
+
+/// Keeps values, moments and step counts under stable parameter IDs, for NumPy arrays.
+///
+/// An array is registered once and updated in place from then on; its moments belong to the store. A parameter is named
+/// by its name or by its ID. An ID is a positive integer below 2**63: derived from the name, or the caller's own, and
+/// never changed afterwards. All methods may be called from several threads.
+///
+/// >>> import numpy as np
+/// >>> from paramstate import Store
+/// >>> store = Store()
+/// >>> weight = np.ones((2, 3))
+/// >>> _ = store.register("weight", weight)
+/// >>> store.step({"weight": np.full((2, 3), 0.5)}, lr=0.1)
+/// >>> weight
+/// array([[0.9, 0.9, 0.9],
+///        [0.9, 0.9, 0.9]])
+/// >>> store.state("weight")["step"]
+/// 1.0
+#[pyclass(frozen, module = "paramstate._core")]
+pub struct Store {
+    loans: Mutex<Loans>,
+}
+
+impl Store {
+    /// Locks, letting other threads run Python while it waits. The holder must not run Python code.
+    pub fn lock(&self, py: Python<'_>) -> MutexGuard<'_, Loans> {
+        self.loans.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Locks; for threads that are detached from the interpreter.
+    pub fn lock_detached(&self) -> MutexGuard<'_, Loans> {
+        self.loans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl Store {
+    #[new]
+    fn new() -> Self {
+        Self { loans: Mutex::default() }
+    }
+
+    /// Registers a parameter and returns its ID.
+    ///
+    /// Args:
+    ///     name: its name; without one only the ID finds it.
+    ///     value: a writable array of any shape and strides, float64, float32 or float16. It is kept, and updated in
+    ///         place. Without one, the parameter is an identity alone.
+    ///     id: the ID to register under; by default derived from the name, or random without one.
+    ///
+    /// Raises:
+    ///     TypeError: the value is no array, or of another dtype.
+    ///     ValueError: the name or the ID is taken, or the value is read-only.
+    ///
+    /// >>> store = Store()
+    /// >>> store.register("bias", np.zeros(3), id=7)
+    /// 7
+    #[pyo3(signature = (name=None, value=None, *, id=None))]
+    fn register(
+        &self,
+        py: Python<'_>,
+        name: Option<&str>,
+        value: Option<Bound<'_, PyAny>>,
+        id: Option<u64>,
+    ) -> PyResult<u64> {
+        let id = id.map(ParamId::new).transpose().map_err(to_python)?;
+        let loan = value.map(|value| arrays::borrow(value, name)).transpose()?;
+        let mut loans = self.lock(py);
+        let id = loans.core.register(name, id).map_err(to_python)?;
+        if loan.is_some() {
+            loans.exchange(id, "value", loan).map_err(to_python)?;
+        }
+        loans.revise();
+        Ok(id.get())
+    }
+
+    /// The ID of a name. Raises KeyError with the nearest names where there is none.
+    fn id(&self, py: Python<'_>, name: String) -> PyResult<u64> {
+        self.find(py, &Key::Name(name)).map(ParamId::get)
+    }
+
+    /// The names of an ID: the main name first, then its aliases.
+    fn names(&self, py: Python<'_>, id: u64) -> PyResult<Vec<String>> {
+        let id = self.find(py, &Key::Id(id))?;
+        let names = self.lock(py).core.names(id).map(<[String]>::to_vec);
+        names.map_err(to_python)
+    }
+
+    /// Adds a name. Raises ValueError where it is taken.
+    fn alias(&self, py: Python<'_>, id: u64, name: &str) -> PyResult<()> {
+        let id = self.find(py, &Key::Id(id))?;
+        self.lock(py).core.alias(id, name).map_err(to_python)
+    }
+
+    /// Changes a name; the ID stays. Raises KeyError for an unknown name, ValueError for one that is taken.
+    fn rename(&self, py: Python<'_>, old: String, new: &str) -> PyResult<()> {
+        self.find(py, &Key::Name(old.clone()))?;
+        self.lock(py).core.rename(&old, new).map_err(to_python)
+    }
+
+    /// Takes one name away; the ID stays. Raises KeyError for an unknown name.
+    fn unalias(&self, py: Python<'_>, name: String) -> PyResult<()> {
+        self.find(py, &Key::Name(name.clone()))?;
+        self.lock(py).core.unalias(&name).map_err(to_python)
+    }
+
+    /// The keys under which something is kept for a parameter: "value", and the names of state tensors.
+    fn keys(&self, py: Python<'_>, key: Key) -> PyResult<Vec<String>> {
+        let id = self.find(py, &key)?;
+        let loans = self.lock(py);
+        let keys = loans.core.keys(id).map(|keys| keys.map(str::to_owned).collect());
+        keys.map_err(to_python)
+    }
+
+    /// Forgets a parameter with all its names and its state. The array stays as it is.
+    fn remove(&self, py: Python<'_>, key: Key) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        let removed = {
+            let mut loans = self.lock(py);
+            loans.revise();
+            (loans.core.remove(id), loans.take_all(id))
+        };
+        removed.0.map(drop).map_err(to_python)
+    }
+
+    /// Every name with its ID, aliases too, in the order of registration.
+    fn ids(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
+        let names = all_names(&self.lock(py));
+        let ids = PyDict::new(py);
+        for (name, id) in names {
+            ids.set_item(name, id.get())?;
+        }
+        Ok(ids.unbind())
+    }
+
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.lock(py).core.len()
+    }
+
+    fn __contains__(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> bool {
+        let key = key.extract::<Key>();
+        key.is_ok_and(|key| known(&self.lock(py), &key).is_some())
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let loans = self.lock(py);
+        format!("Store({} parameters)", loans.core.len())
+    }
+
+    /// Where a buffer lies now; None where the parameter has no such buffer in the host's memory.
+    #[pyo3(signature = (key, name="value"))]
+    fn address(&self, py: Python<'_>, key: Key, name: &str) -> PyResult<Option<usize>> {
+        let id = self.find(py, &key)?;
+        let loans = self.lock(py);
+        let lent = loans.core.buffer(id, name).and_then(paramstate::Buffer::describe);
+        Ok(lent.map(|lent| lent.operand.ptr.addr()))
+    }
+
+    /// The object that lends a buffer (an array, or a tensor); None where the store owns it or there is none.
+    fn lent(&self, py: Python<'_>, key: Key, name: &str) -> PyResult<Option<Py<PyAny>>> {
+        let id = self.find(py, &key)?;
+        let loan = self.lock(py).loan(id, name).cloned();
+        Ok(loan.map(|loan| loan.object().clone_ref(py)))
+    }
+
+    /// The bytes of all buffers, lent ones included; of one parameter, or of all.
+    #[pyo3(signature = (key=None))]
+    fn memory_bytes(&self, py: Python<'_>, key: Option<Key>) -> PyResult<usize> {
+        let Some(key) = key else { return Ok(self.lock(py).core.memory_bytes()) };
+        let id = self.find(py, &key)?;
+        self.lock(py).core.memory_bytes_of(id).map_err(to_python)
+    }
+
+    /// Declares bounds that hold from now on: after every step, and for a registered array at once.
+    ///
+    /// Raises ValueError for a NaN, and where min is greater than max. None means no bound.
+    fn set_bounds(
+        &self,
+        py: Python<'_>,
+        key: Key,
+        min: Option<f64>,
+        max: Option<f64>,
+    ) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        let bounds = Bounds::new(min, max).map_err(to_python)?;
+        py.detach(|| {
+            let mut loans = self.lock_detached();
+            loans.revise();
+            loans.core.set_bounds(id, bounds)?;
+            let is_array = loans.loan(id, "value").is_some_and(|loan| loan.is_array());
+            if is_array { loans.core.clip(id, bounds) } else { Ok(()) }
+        })
+        .map_err(to_python)
+    }
+
+    /// The declared bounds, (min, max); None means no bound.
+    fn bounds(&self, py: Python<'_>, key: Key) -> PyResult<(Option<f64>, Option<f64>)> {
+        let id = self.find(py, &key)?;
+        let bounds = self.lock(py).core.bounds(id).map_err(to_python)?;
+        Ok((bounds.min, bounds.max))
+    }
+
+    /// The array that was registered. Raises KeyError where the parameter has none.
+    fn value(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyUntypedArray>> {
+        let id = self.find(py, &key)?;
+        Ok(arrays::value(py, self, id)?.unbind())
+    }
+
+    /// Copies of the state tensors under torch's names, "step" as a float; {} where there was no step yet.
+    fn state(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyDict>> {
+        let id = self.find(py, &key)?;
+        Ok(arrays::state(py, self, id)?.unbind())
+    }
+
+    /// One step of Adam for the parameters that have a gradient here, in place.
+    ///
+    /// Args:
+    ///     grads: from names or IDs to arrays of the value's shape, float64, float32 or float16; only read.
+    ///     lr, betas, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize: as in torch.optim.Adam;
+    ///         `decoupled_weight_decay=True` is AdamW.
+    ///     max_grad_norm: where given, the gradients are clipped by their global norm as they are read.
+    ///     threads: how many threads may run; by default as many as there are processors.
+    ///
+    /// Returns:
+    ///     The global norm of the gradients where `max_grad_norm` was given, else None.
+    ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown, or has no value.
+    ///     TypeError, ValueError: a gradient or a setting cannot be used. Nothing was written then.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.step({"w": np.array([3.0, 4.0])}, lr=0.1, max_grad_norm=1.0)
+    /// 5.0
+    /// >>> store.value("w")
+    /// array([-0.1, -0.1])
+    #[pyo3(signature = (grads, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=false, amsgrad=false, maximize=false, max_grad_norm=None, threads=None),
+        text_signature = "($self, grads, *, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, decoupled_weight_decay=False, amsgrad=False, maximize=False, max_grad_norm=None, threads=None)")]
+    #[expect(clippy::too_many_arguments, reason = "they are torch's keywords")]
+    fn step(
+        &self,
+        py: Python<'_>,
+        grads: &Bound<'_, PyMapping>,
+        lr: f64,
+        betas: (f64, f64),
+        eps: f64,
+        weight_decay: f64,
+        decoupled_weight_decay: bool,
+        amsgrad: bool,
+        maximize: bool,
+        max_grad_norm: Option<f64>,
+        threads: Option<NonZeroUsize>,
+    ) -> PyResult<Option<f64>> {
+        let adam = Adam {
+            lr,
+            beta1: betas.0,
+            beta2: betas.1,
+            eps,
+            weight_decay,
+            decay: if decoupled_weight_decay { Decay::Decoupled } else { Decay::L2 },
+            direction: if maximize { Direction::Maximize } else { Direction::Minimize },
+            second_moment: if amsgrad { SecondMoment::Maximum } else { SecondMoment::Running },
+        };
+        let default = StepOptions::default();
+        let options = StepOptions { max_grad_norm, threads: threads.unwrap_or(default.threads) };
+        arrays::step(py, self, grads, &adam, &options)
+    }
+
+    /// Clips a value in place; its ID, moments and step count stay.
+    ///
+    /// Called with bounds, with a function (from a copy of the value to an array of the same shape), or with neither:
+    /// then with the bounds that were declared.
+    ///
+    /// Raises:
+    ///     ValueError: no number lies between the bounds, the function returned another shape, or nothing was given and
+    ///         nothing is declared.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([-1.0, 0.5, 2.0]))
+    /// >>> store.clip("w", 0.0, 1.0)
+    /// >>> store.clip("w", lambda values: values / 2)
+    /// >>> store.value("w")
+    /// array([0.  , 0.25, 0.5 ])
+    #[pyo3(signature = (key, min=None, max=None))]
+    fn clip(
+        &self,
+        py: Python<'_>,
+        key: Key,
+        min: Option<Bound<'_, PyAny>>,
+        max: Option<f64>,
+    ) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        match min {
+            Some(function) if function.is_callable() => {
+                if max.is_some() {
+                    return Err(PyTypeError::new_err("clip takes bounds or a function, not both"));
+                }
+                arrays::clip_with(py, self, id, &function)
+            }
+            min => {
+                let min = min.map(|min| min.extract()).transpose()?;
+                arrays::clip(py, self, id, min, max)
+            }
+        }
+    }
+
+    /// State as if never stepped; the value stays.
+    fn reset(&self, py: Python<'_>, key: Key) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        let returned = {
+            let mut loans = self.lock(py);
+            loans.revise();
+            loans.reset(id)
+        };
+        returned.map(drop).map_err(to_python)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Whoever holds the lock is using these objects: they are not garbage.
+        let Ok(loans) = self.loans.try_lock() else { return Ok(()) };
+        loans.all().try_for_each(|loan| visit.call(loan.object()))
+    }
+
+    fn __clear__(&self) {
+        let loans = self.loans.try_lock().map(|mut loans| std::mem::take(&mut *loans));
+        drop(loans);
+    }
+}

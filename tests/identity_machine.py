@@ -1,0 +1,236 @@
+"""The state machine's body: a model, an optimizer and the reference, and what must hold between them.
+
+A parameter is known by a key that the machine chose when it was born ("k0", "k1", ...). No action changes a key; the
+slot it sits in, its name, its object and its memory all change. `test_state_machine.py` adds the actions.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
+from torch import nn
+
+import paramstate
+from reference import MOMENTS, Entry, Reference, Settings, same_bits
+from small_models import Layer, Net
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How this run builds its optimizers."""
+
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+    max_grad_norm: float | None
+    weight_decay: float
+    built_from: str  # "model", "groups and model", "named" or "bare and rebind"
+
+    def build(self, net: Net, groups: list[list[tuple[str, nn.Parameter]]]) -> paramstate.Adam:
+        """A fresh optimizer over these named groups."""
+        cls = paramstate.AdamW if self.decoupled else paramstate.Adam
+        options = {"lr": 0.01, "weight_decay": self.weight_decay, "amsgrad": self.amsgrad, "maximize": self.maximize}
+        options["max_grad_norm"] = self.max_grad_norm
+        named = [{"params": list(group)} for group in groups]
+        bare = [{"params": [parameter for _, parameter in group]} for group in groups]
+        if self.built_from == "model" and len(groups) == 1:
+            return cls(net, **options)
+        if self.built_from == "named" and all(groups):  # torch takes an empty group for one without names
+            return cls(named, **options)
+        if self.built_from == "bare and rebind":
+            optimizer = cls(bare, **options)
+            optimizer.rebind(net)
+            return optimizer
+        return cls(bare, model=net, **options)
+
+
+recipes = st.builds(
+    Recipe,
+    decoupled=st.booleans(),
+    amsgrad=st.booleans(),
+    maximize=st.booleans(),
+    max_grad_norm=st.sampled_from([None, None, 0.5, 1e3]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    built_from=st.sampled_from(["model", "groups and model", "named", "bare and rebind"]),
+)
+
+
+class IdentityMachine(RuleBasedStateMachine):
+    """The three and their invariants."""
+
+    net: Net
+    opt: paramstate.Adam
+    recipe: Recipe
+    model: Reference
+
+    @initialize(recipe=recipes)
+    def build(self, recipe: Recipe) -> None:
+        torch.manual_seed(0)
+        self.born, self.recipe = 0, recipe
+        self.net = Net(NAMES[:3])
+        self.slots: dict[str, tuple[str, str]] = {}
+        self.opt = recipe.build(self.net, [list(self.net.named_parameters())])
+        self.knows_model = recipe.built_from != "named"
+        self.model = Reference([self.settings_of(0.01)], recipe.max_grad_norm)
+        for layer in NAMES[:3]:
+            self.enter(layer, group=0)
+        self.left_behind: list[tuple[Net, dict[str, torch.Tensor]]] = []
+        self.may_widen: set[tuple[str, str]] = set()
+
+    def enter(self, layer: str, group: int) -> None:
+        """The reference takes the parameters of a new layer in, with the IDs they were given."""
+        for attribute in ("weight", "bias"):
+            key, self.born = f"k{self.born}", self.born + 1
+            self.slots[key] = (layer, attribute)
+            name = f"{layer}.{attribute}"
+            value = self.held(key).detach().clone()
+            self.model.entries[key] = Entry(self.opt.ids[name], name, value, group)
+
+    def held(self, key: str) -> nn.Parameter:
+        """The object that sits in this parameter's slot now."""
+        layer, attribute = self.slots[key]
+        return getattr(getattr(self.net, layer), attribute)
+
+    def layer(self, name: str) -> Layer:
+        return getattr(self.net, name)
+
+    def layers(self) -> list[str]:
+        return [name for name, _ in self.net.named_children()]
+
+    def keys_of(self, layer: str) -> list[str]:
+        return [key for key, (home, _) in self.slots.items() if home == layer]
+
+    def entry(self, key: str) -> Entry:
+        return self.model.entries[key]
+
+    def pick(self, index: int) -> str:
+        """One of the keys that live now."""
+        return list(self.slots)[index % len(self.slots)]
+
+    def named_groups(self) -> list[list[tuple[str, nn.Parameter]]]:
+        """The parameters of each group under their present names, in the model's order."""
+        homes = {self.slots[key]: self.entry(key).group for key in self.slots}
+        groups: list[list[tuple[str, nn.Parameter]]] = [[] for _ in self.model.groups]
+        for name, parameter in self.net.named_parameters():
+            layer, attribute = name.split(".")
+            groups[homes[layer, attribute]].append((name, parameter))
+        return groups
+
+    def settings_of(self, lr: float) -> Settings:
+        """The numbers of a new group of this run's optimizers."""
+        recipe = self.recipe
+        return Settings(
+            lr, weight_decay=recipe.weight_decay, decoupled=recipe.decoupled, amsgrad=recipe.amsgrad,
+            maximize=recipe.maximize,
+        )  # fmt: skip
+
+    def allow_widening(self) -> None:
+        """A moment narrower than its value may be widened from here on. Both ways are exact, so both are allowed; what
+        a client writes afterwards is literal again."""
+        for key, entry in self.model.entries.items():
+            for name, moment in entry.moments.items():
+                if moment.dtype.itemsize < entry.value.dtype.itemsize:
+                    self.may_widen.add((key, name))
+
+    def follow_widening(self) -> None:
+        """Take over the dtype of the moments that were widened."""
+        for key, name in list(self.may_widen):
+            entry = self.model.entries.get(key)
+            if entry is None or name not in entry.moments:
+                self.may_widen.discard((key, name))
+                continue
+            dtype = self.opt.state[self.held(key)][name].dtype if self.held(key) in self.opt.state else None
+            if dtype == entry.value.dtype:
+                entry.moments[name] = entry.moments[name].to(dtype)
+                self.may_widen.discard((key, name))
+
+    @invariant()
+    def everything_holds(self) -> None:
+        """One invariant and not eight, so that a failing example prints one line for each action."""
+        self.identity_is_kept()
+        self.the_parameter_that_is_trained_is_the_one_in_the_model()
+        self.value_and_state_are_the_references()
+        self.gradients_are_the_references()
+        self.no_state_is_orphaned()
+        self.the_store_borrows_what_state_holds()
+        self.groups_keep_their_settings()
+        self.what_was_copied_is_left_alone()
+
+    def identity_is_kept(self) -> None:
+        for key, entry in self.model.entries.items():
+            parameter = self.held(key)
+            assert self.opt.id_of(parameter) == entry.id
+            assert self.opt.param(entry.id) is parameter
+            assert self.opt.name_of(parameter) == entry.name
+            assert self.opt.ids[entry.name] == entry.id
+        assert sorted(self.opt.ids.values()) == sorted(entry.id for entry in self.model.entries.values())
+
+    def the_parameter_that_is_trained_is_the_one_in_the_model(self) -> None:
+        for number, group in enumerate(self.opt.param_groups):
+            wanted = {id(self.held(key)) for key, entry in self.model.entries.items() if entry.group == number}
+            assert {id(parameter) for parameter in group["params"]} == wanted
+            assert len(group["params"]) == len(wanted)
+
+    def value_and_state_are_the_references(self) -> None:
+        self.follow_widening()
+        for key, entry in self.model.entries.items():
+            parameter = self.held(key)
+            state = self.opt.state.get(parameter, {})
+            self.compare(key, "value", parameter, entry.value)
+            assert ("step" in state) == (entry.step is not None), f"{entry.name}: state {list(state)}"
+            if entry.step is not None:
+                assert float(state["step"]) == entry.step, f"{entry.name}: step {state['step']}, not {entry.step}"
+            assert state.keys() - {"step"} == entry.moments.keys()
+            for name, moment in entry.moments.items():
+                self.compare(key, name, state[name], moment)
+
+    def compare(self, key: str, what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
+        assert same_bits(got, wanted), f"{self.entry(key).name}, {what}: {got}, the reference has {wanted}"
+
+    def gradients_are_the_references(self) -> None:
+        for key, entry in self.model.entries.items():
+            grad = self.held(key).grad
+            assert (grad is None) == (entry.grad is None), f"{entry.name}: {grad}, the reference has {entry.grad}"
+            if grad is not None and entry.grad is not None:
+                self.compare(key, "grad", grad, entry.grad)
+
+    def no_state_is_orphaned(self) -> None:
+        listed = {id(parameter) for group in self.opt.param_groups for parameter in group["params"]}
+        orphans = [key for key in self.opt.state if isinstance(key, torch.Tensor) and id(key) not in listed]
+        assert not orphans
+        assert len(self.opt.store) == len(self.model.entries)
+        if all(entry.step is None for entry in self.model.entries.values()):
+            assert not self.opt.state  # torch's users take its truth value for "has been stepped"
+
+    def the_store_borrows_what_state_holds(self) -> None:
+        store = self.opt.store
+        for key, entry in self.model.entries.items():
+            parameter = self.held(key)
+            assert store.address(entry.id, "value") == parameter.data_ptr()
+            state = self.opt.state.get(parameter, {})
+            for name in MOMENTS:
+                assert name in state or store.address(entry.id, name) is None, f"{entry.name}: {name} is stale"
+            for name, tensor in state.items():
+                # The core has no integer buffers: a client's integer `step` is read where it is, and not borrowed.
+                wanted = tensor.data_ptr() if tensor.is_floating_point() else None
+                assert store.address(entry.id, name) == wanted, f"{entry.name}, {name}"
+
+    def groups_keep_their_settings(self) -> None:
+        for group, settings in zip(self.opt.param_groups, self.model.groups, strict=True):
+            assert float(group["lr"]) == settings.lr
+            assert [float(beta) for beta in group["betas"]] == [settings.beta1, settings.beta2]
+
+    def what_was_copied_is_left_alone(self) -> None:
+        for net, values in self.left_behind:
+            for name, parameter in net.named_parameters():
+                assert torch.equal(parameter, values[name])
+
+    def leave_behind(self, net: Net) -> None:
+        """Remember a model that no optimizer of ours may touch from here on."""
+        self.left_behind = [(net, copy.deepcopy(dict(net.state_dict())))]

@@ -1,0 +1,266 @@
+"""scenarios.md, section C: clipping values with the state kept, and constraints that hold after every step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import paramstate
+from reference import same_bits
+from small_models import Net, give_gradient, state_by_name, train
+
+FSRS = json.loads((Path(__file__).parent / "data" / "fsrs_adam.json").read_text())
+
+
+def ceiling(w: torch.Tensor, relearning_steps: int) -> float:
+    """The bound of two of the trainer's values, which depends on three others."""
+    if relearning_steps <= 1:
+        return 2.0
+    total = math.log(float(w[11])) + math.log(2 ** float(w[13]) - 1) + 0.3 * float(w[14])
+    return min(2.0, math.sqrt(max(0.01, -total / relearning_steps)))
+
+
+def fsrs_bounds(relearning_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The trainer's clipper: each value to its range, then the two that depend on values already clipped."""
+
+    def clip(w: torch.Tensor) -> torch.Tensor:
+        w = w.clone()
+        ranges = list(enumerate(FSRS["bounds"]["range"]))
+        for index, (low, high) in sorted(ranges, key=lambda item: item[1][1] == "ceiling"):
+            w[index] = w[index].clamp(low, ceiling(w, relearning_steps) if high == "ceiling" else high)
+        return w
+
+    return clip
+
+
+def fsrs_adam(cls: type[torch.optim.Adam], parameter: nn.Parameter) -> torch.optim.Adam:
+    options = FSRS["optimizer"]
+    return cls([parameter], options["lr"], tuple(options["betas"]), options["eps"], options["weight_decay"])
+
+
+def largest_error(parameter: torch.Tensor, expected: list[float]) -> float:
+    return float((parameter.detach() - torch.tensor(expected)).abs().max())
+
+
+def test_two_steps_of_a_real_trainer_with_its_bounds_between_and_the_state_kept() -> None:
+    parameter = nn.Parameter(torch.tensor(FSRS["w0"]))
+    opt = fsrs_adam(paramstate.Adam, parameter)
+    for grad, expected in (("grad1", "w1"), ("grad2", "w2")):
+        parameter.grad = torch.tensor(FSRS[grad])
+        opt.step()
+        assert paramstate.clip_(parameter, fsrs_bounds(1)) is parameter
+        assert largest_error(parameter, FSRS[expected]) <= 1e-6
+    assert float(opt.state[parameter]["step"]) == 2
+
+
+def test_two_steps_of_a_real_trainer_by_replacement_with_the_state_kept() -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.tensor(FSRS["w0"]))
+    opt = fsrs_adam(paramstate.Adam, module.w)
+    for grad, expected in (("grad1", "w1"), ("grad2", "w2")):
+        module.w.grad = torch.tensor(FSRS[grad])
+        opt.step()
+        module.w = nn.Parameter(fsrs_bounds(1)(module.w.detach()))
+        assert largest_error(module.w, FSRS[expected]) <= 1e-6
+
+
+def test_the_state_lost_shows_in_the_trainers_second_step() -> None:
+    """So that the tests above can fail: what a new parameter in a new optimizer gives."""
+    parameter = nn.Parameter(torch.tensor(FSRS["w1"]))
+    opt = fsrs_adam(torch.optim.Adam, parameter)
+    parameter.grad = torch.tensor(FSRS["grad2"])
+    opt.step()
+    assert largest_error(parameter, FSRS["w2"]) == pytest.approx(5.4e-2, rel=0.02)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_binding_case(dtype: torch.dtype, tolerance: float) -> None:
+    case = FSRS["binding_case"]
+    parameter = nn.Parameter(torch.tensor(case["values"], dtype=dtype))
+    fsrs_adam(paramstate.Adam, parameter)
+    paramstate.clip_(parameter, fsrs_bounds(case["n"]))
+    expected = torch.tensor(case["clipped"], dtype=dtype)
+    assert float((parameter.detach() - expected).abs().max()) <= tolerance
+    assert ceiling(parameter.detach().double(), case["n"]) == pytest.approx(case["ceiling"], abs=1e-6)
+
+
+def stepped(dtype: torch.dtype = torch.float32) -> tuple[nn.Parameter, paramstate.Adam]:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).to(dtype).reshape(3, 4))
+    opt = paramstate.Adam([("scales", parameter)], lr=0.01)
+    give_gradient(parameter, "c")
+    opt.step()
+    return parameter, opt
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (-0.5, 0.5),
+        (None, 0.25),
+        (0.0, None),
+        (torch.tensor(-0.5), torch.tensor(0.5)),
+        (torch.linspace(-1, 0, 4), None),
+        (None, torch.tensor([[0.5], [0.0], [-0.5]])),
+        (-0.5, torch.linspace(0, 1, 12).reshape(3, 4)),
+    ],
+    ids=["both", "max", "min", "0-dim", "row of min", "column of max", "number and tensor"],
+)
+def test_clip_clamps_in_place_and_keeps_id_moments_and_step(bounds: tuple, dtype: torch.dtype) -> None:
+    parameter, opt = stepped(dtype)
+    low, high = (b.to(dtype) if isinstance(b, torch.Tensor) else b for b in bounds)
+    wanted = parameter.detach()
+    wanted = wanted if low is None else wanted.clamp(min=low)
+    wanted = wanted if high is None else wanted.clamp(max=high)
+    id_before, address, version = opt.id_of(parameter), parameter.data_ptr(), parameter._version
+    state = {key: tensor.clone() for key, tensor in opt.state[parameter].items()}
+    assert paramstate.clip_(parameter, *bounds) is parameter
+    assert same_bits(parameter, wanted)
+    assert parameter._version > version
+    assert parameter.data_ptr() == address
+    assert opt.id_of(parameter) == id_before
+    assert all(same_bits(state[key], opt.state[parameter][key]) for key in state)
+
+
+def test_clip_by_name_of_arguments_and_without_an_optimizer() -> None:
+    parameter = nn.Parameter(torch.tensor([-2.0, 0.0, 2.0]))
+    paramstate.clip_(parameter, max=1.0)
+    paramstate.clip_(parameter, min=-1.0)
+    assert parameter.tolist() == [-1.0, 0.0, 1.0]
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+
+
+def test_clip_of_a_strided_a_zero_size_and_a_0_dim_parameter() -> None:
+    base = torch.linspace(-2, 2, 12).reshape(3, 4)
+    strided = nn.Parameter(base[:, ::2])
+    paramstate.clip_(strided, -1.0, 1.0)
+    assert float(strided.detach().abs().max()) <= 1
+    assert float(base[0, 1]) < -1, "what lies between the elements is left alone"
+    assert paramstate.clip_(nn.Parameter(torch.zeros(0, 3)), -1.0, 1.0).shape == (0, 3)
+    assert paramstate.clip_(nn.Parameter(torch.tensor(3.0)), -1.0, 1.0).item() == 1.0
+
+
+def test_clip_keeps_nan_as_torch_does() -> None:
+    parameter = nn.Parameter(torch.tensor([math.nan, 3.0]))
+    paramstate.clip_(parameter, -1.0, 1.0)
+    assert math.isnan(parameter[0].item())
+    assert parameter[1].item() == 1.0
+
+
+def test_backward_through_a_value_that_was_clipped_since_raises() -> None:
+    parameter, _ = stepped()
+    loss = (parameter * parameter).sum()
+    paramstate.clip_(parameter, -0.1, 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def refused(parameter: nn.Parameter, *arguments: object, says: list[str]) -> None:
+    before = parameter.detach().clone()
+    with pytest.raises(paramstate.ConstraintError) as caught:
+        paramstate.clip_(parameter, *arguments)
+    for part in ["scales", *says]:
+        assert part in str(caught.value).lower(), str(caught.value)
+    assert same_bits(parameter, before)
+
+
+def test_min_above_max_is_refused() -> None:
+    parameter, _opt = stepped()
+    refused(parameter, 0.5, -0.5, says=["0.5", "-0.5"])
+    high = torch.ones(3, 4)
+    high[1, 2] = -3.0
+    refused(parameter, torch.zeros(4), high, says=["1, 2", "-3"])
+
+
+def test_a_nan_bound_is_refused() -> None:
+    parameter, _opt = stepped()
+    refused(parameter, math.nan, None, says=["nan"])
+    low = torch.zeros(3, 4)
+    low[2, 1] = math.nan
+    refused(parameter, low, None, says=["2, 1", "nan"])
+
+
+def test_a_bound_whose_shape_does_not_broadcast_is_refused() -> None:
+    parameter, _opt = stepped()
+    refused(parameter, torch.zeros(5), None, says=["[5]", "[3, 4]"])
+    refused(parameter, None, torch.zeros(2, 3, 4), says=["[2, 3, 4]", "[3, 4]"])
+
+
+def test_a_callback_that_gives_another_shape_is_refused() -> None:
+    parameter, _opt = stepped()
+    refused(parameter, lambda values: values[0], says=["[4]", "[3, 4]"])
+
+
+def test_clip_without_bounds_applies_what_was_declared() -> None:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 5))
+    opt = paramstate.Adam([("scales", parameter)], constraints={"scales": paramstate.Box(-0.5, 0.5)})
+    with torch.no_grad():
+        parameter.mul_(4)
+    assert paramstate.clip_(parameter) is parameter
+    assert float(parameter.detach().abs().max()) == 0.5
+    assert opt.name_of(parameter) == "scales"
+
+
+def test_clip_without_bounds_and_without_a_declaration_raises() -> None:
+    parameter, _opt = stepped()
+    refused(parameter, says=[])
+
+
+@pytest.mark.parametrize("cls", [paramstate.Adam, paramstate.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_declared_constraints_hold_at_once_and_after_every_step(cls: type, dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    opt = cls(net, lr=0.1, constraints={"first.weight": paramstate.Box(-0.25, 0.25)})
+    assert float(net.first.weight.detach().abs().max()) <= 0.25, "declaring projects at once"
+    opt.constrain("second.weight", paramstate.NonNegative())
+    assert float(net.second.weight.detach().min()) >= 0
+    for seed in range(5):
+        train(net, opt, [seed])
+        assert float(net.first.weight.detach().abs().max()) <= 0.25
+        assert float(net.second.weight.detach().min()) >= 0
+    assert float(net.third.weight.detach().abs().max()) > 0.25
+
+
+def test_one_constraint_for_all_parameters() -> None:
+    net = Net()
+    opt = paramstate.Adam(net, lr=0.1, constraints=paramstate.Box(max=0.1))
+    train(net, opt, range(2))
+    assert all(float(p.detach().max()) <= 0.1 + 1e-7 for p in net.parameters())
+
+
+def test_a_constraint_in_the_step_is_the_clamp_after_it_bit_for_bit() -> None:
+    net, twin = Net(), Net()
+    twin.load_state_dict(net.state_dict())
+    opt = paramstate.AdamW(net, lr=0.1, constraints={"first.weight": paramstate.Box(-0.25, 0.25)})
+    plain = paramstate.AdamW(twin, lr=0.1)
+    paramstate.clip_(twin.first.weight, -0.25, 0.25)
+    for seed in range(4):
+        train(net, opt, [seed])
+        train(twin, plain, [seed])
+        paramstate.clip_(twin.first.weight, -0.25, 0.25)
+        ours, theirs = state_by_name(net, opt), state_by_name(twin, plain)
+        assert all(same_bits(ours[name][key], theirs[name][key]) for name in ours for key in ours[name])
+
+
+def test_constraints_follow_a_replaced_parameter() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1, constraints={"first.weight": paramstate.Box(-0.25, 0.25)})
+    net.first.weight = nn.Parameter(torch.randn(2, 3))
+    train(net, opt, [0])
+    assert float(net.first.weight.detach().abs().max()) <= 0.25
+
+
+def test_a_constraint_that_cannot_hold_is_refused() -> None:
+    with pytest.raises(paramstate.ConstraintError, match=r"1\.0.*0\.0|min.*max"):
+        paramstate.Box(1.0, 0.0)
+    with pytest.raises(paramstate.ConstraintError, match=r"NaN|nan"):
+        paramstate.Box(math.nan, None)
+    with pytest.raises(paramstate.UnknownParameterError, match=r"first\.wieght"):
+        paramstate.AdamW(Net(), constraints={"first.wieght": paramstate.Box(0.0, 1.0)})

@@ -1,0 +1,104 @@
+"""Runs what the documents show: every Python example, in order, with its output. Checks what they repeat."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+import paramstate
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benches/README.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, text, and the line on which the text begins."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(document: Path) -> list[Block]:
+    content = document.read_text(encoding="utf-8")
+    return [Block(found[1], found[2], content.count("\n", 0, found.start(2)) + 1) for found in FENCE.finditer(content)]
+
+
+def shown_output(following: Block | None) -> str | None:
+    """The text block that comes next is what a Python block prints."""
+    return following.text if following is not None and following.language == "text" else None
+
+
+def as_named(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def test_a_block_that_prints_something_else_is_found(tmp_path: Path) -> None:
+    document = tmp_path / "document.md"
+    document.write_text("# Title\n\n```python\nprint(1)\n```\n\n```text\n2\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"document\.md:4"):
+        run(document)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=as_named)
+def test_the_examples_of_a_document_print_what_it_shows(document: Path) -> None:
+    run(document)
+
+
+def run(document: Path) -> None:
+    """Run the Python blocks of a document one after another in one namespace."""
+    found = blocks(document)
+    namespace: dict[str, object] = {"__name__": "__document__"}
+    for block, following in zip_longest(found, found[1:]):
+        if block.language != "python":
+            continue
+        place = f"{document.name}:{block.line}"
+        # Empty lines before it, so that a traceback shows the document's own line numbers.
+        code = compile("\n" * (block.line - 1) + block.text, str(document), "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)
+        expected = shown_output(following)
+        if expected is not None:
+            assert printed.getvalue().splitlines() == expected.splitlines(), f"{place} prints something else"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=as_named)
+def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
+    missing = [
+        target
+        for target in LINK.findall(document.read_text(encoding="utf-8"))
+        if not (document.parent / target).exists()
+    ]
+    assert missing == []
+
+
+def test_the_rust_example_is_the_one_that_cargo_test_runs() -> None:
+    (example,) = (block.text for block in blocks(ROOT / "README.md") if block.language == "rust")
+    source = (ROOT / "rust/core/src/lib.rs").read_text(encoding="utf-8")
+    documented = "\n".join(line.removeprefix("//!").removeprefix(" ") for line in source.splitlines())
+    assert example in documented
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cargo = re.search(r'^version = "(.+)"$', (ROOT / "Cargo.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    changes = re.search(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cargo is not None
+    assert changes is not None
+    assert paramstate.__version__ == cargo[1] == changes[1]
+
+
+def test_the_readme_names_the_oldest_rust_that_cargo_accepts() -> None:
+    oldest = re.search(r'^rust-version = "(.+)"$', (ROOT / "Cargo.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert oldest is not None
+    assert f"Rust {oldest[1]} or later" in (ROOT / "README.md").read_text(encoding="utf-8")
