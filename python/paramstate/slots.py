@@ -123,6 +123,7 @@ class SlotTable:
                 if id(link.child) in used:
                     used.add(id(link.parent))
                     self._links.append((weakref.ref(link.parent), link.name, weakref.ref(link.child)))
+        self._links.reverse()
         self.dirty = False
 
     def examine(self, table: IdentityTable, pending: Link | None = None) -> Findings:

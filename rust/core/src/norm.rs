@@ -13,6 +13,9 @@ use crate::{DType, Execution, Isa, View};
 /// Partial sums per block; element `i` of a chunk goes to lane `i % LANES`, on every machine.
 const LANES: usize = 16;
 
+/// Places of a block that are read side by side.
+const STREAMS: usize = 4;
+
 /// The sum of the squares of all elements, accumulated in `f64`. Lanes, chunk borders and the order
 /// of additions are fixed by the list of views alone: every [`Execution`] gives the same bits.
 ///
@@ -112,7 +115,15 @@ impl<C: Compute> Kernel for AddSquares<'_, C> {
     fn run(self) -> [f64; LANES] {
         let mut lanes = self.lanes;
         let (rows, tail) = self.values.as_chunks::<LANES>();
-        for row in rows {
+        // Read from several places at once: memory answers one stream slower than it could.
+        let (together, rest) = rows.split_at(rows.len() / STREAMS * STREAMS);
+        let length = together.len() / STREAMS;
+        for row in 0..length {
+            for stream in 0..STREAMS {
+                lanes = add_squares(&together[stream * length + row], lanes);
+            }
+        }
+        for row in rest {
             lanes = add_squares(row, lanes);
         }
         // A lane that the tail does not reach gets the square of zero, which changes no bit of it.

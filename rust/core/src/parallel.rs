@@ -2,6 +2,7 @@
 //!
 //! The borders depend on the work alone, never on the number of threads, so results do not either.
 
+use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -62,9 +63,23 @@ struct Stretch {
     tensors: Range<usize>,
 }
 
+thread_local! {
+    /// The memory of the latest plan's list. An allocation on every step would have the allocator
+    /// sort what a backward pass has freed, at the cost of the step of many small tensors.
+    static STRETCHES: Cell<Vec<Stretch>> = const { Cell::new(Vec::new()) };
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        STRETCHES.set(std::mem::take(&mut self.stretches));
+    }
+}
+
 impl Plan {
     pub(crate) fn new(lens: impl Iterator<Item = usize>) -> Self {
-        let mut plan = Self { stretches: Vec::new(), units: 0, elements: 0 };
+        let mut stretches = STRETCHES.take();
+        stretches.clear();
+        let mut plan = Self { stretches, units: 0, elements: 0 };
         let mut weight = BATCH; // nothing joins a stretch that does not exist yet
         for (tensor, len) in lens.enumerate() {
             plan.elements += len;

@@ -6,6 +6,7 @@ use crate::codec::BLOCK;
 use crate::element::Compute;
 use crate::layout::Steps;
 use crate::parallel::{CHUNK, Plan};
+use crate::prefetch::prefetch_start;
 use crate::side::{Blocks, Scratch, Side};
 use crate::update::{Block, Scalars, Update};
 use crate::{AdamScalars, Bounds, DType, Execution, Isa, Layout, Operand, StridedLayout};
@@ -94,11 +95,28 @@ unsafe fn run(tasks: &[AdamTask], execution: &Execution) {
     let plan = Plan::new(tasks.iter().map(|task| task.layout.len()));
     plan.run(execution.threads, Scratch::default, |scratch, unit| {
         for (task, span) in plan.parts(unit, |task| tasks[task].layout.len()) {
+            if let Some(next) = tasks.get(task + AHEAD) {
+                prefetch_operands(next);
+            }
             // SAFETY: the caller's contract; every element belongs to one part of one unit, and
             // every unit is run once.
             unsafe { run_span(&tasks[task], span, scratch, execution.isa) }
         }
     });
+}
+
+/// How many tasks ahead memory is asked for.
+const AHEAD: usize = 2;
+
+/// Lines of each operand that are asked for ahead: beyond, the hardware follows by itself.
+const LINES: usize = 8;
+
+/// Asks for the beginning of a task's operands, before their turn comes.
+#[inline]
+fn prefetch_operands(task: &AdamTask) {
+    for operand in [task.value, task.grad, task.exp_avg, task.exp_avg_sq] {
+        prefetch_start(operand.ptr, task.layout.len() * operand.dtype.size_of(), LINES);
+    }
 }
 
 /// # Safety

@@ -34,14 +34,38 @@ pub struct Findings<'py> {
     pub problems: Vec<Problem>,
 }
 
+/// The memory of the long lists, kept from one step to the next.
+///
+/// Were they allocated on each step, the allocator would take the occasion to sort all that a backward pass has freed,
+/// which costs as much as reading the parameters.
+#[derive(Default)]
+pub struct Room {
+    tasks: Vec<AdamTask>,
+    counters: Vec<Counter>,
+    origins: Vec<Seat>,
+}
+
+/// Of an origin's size: what an empty list of them is kept as, free of its lifetime.
+type Seat = [usize; size_of::<Origin<'static>>() / size_of::<usize>()];
+
+/// An empty list of another type in the same memory: the standard library collects in place where sizes are equal.
+fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter().map(|_| unreachable!("the list is empty")).collect()
+}
+
 impl Findings<'_> {
-    pub fn with_capacity(parameters: usize) -> Self {
-        Self {
-            tasks: Vec::with_capacity(parameters),
-            counters: Vec::with_capacity(parameters),
-            origins: Vec::with_capacity(parameters),
-            ..Self::default()
-        }
+    /// Findings of nothing yet, in kept memory.
+    pub fn within(room: &mut Room) -> Self {
+        let Room { tasks, counters, origins } = std::mem::take(room);
+        Self { tasks, counters, origins: emptied(origins), ..Self::default() }
+    }
+
+    /// Lets go of everything, and keeps the memory.
+    pub fn vacate(mut self, room: &mut Room) {
+        self.tasks.clear();
+        self.counters.clear();
+        *room = Room { tasks: self.tasks, counters: self.counters, origins: emptied(self.origins) };
     }
 
     /// Whether nothing was found that forbids the step, gradients for others to step aside.

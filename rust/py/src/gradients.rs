@@ -14,18 +14,20 @@ use crate::sharing::{Member, STEP, VALUE, Written, bounding_range};
 impl Verdict {
     /// The order that the tasks may run in, given their gradients. Gradients that cannot be used where they lie are
     /// taken out and left to torch.
-    pub fn with_gradients(&self, findings: &mut Findings<'_>) -> Order {
+    pub fn with_gradients(&mut self, findings: &mut Findings<'_>) -> Order {
         let suspects = self.suspects(&findings.tasks);
         if suspects.is_empty() { self.order } else { settle(suspects, findings, self.order) }
     }
 
-    fn suspects(&self, tasks: &[AdamTask]) -> Vec<usize> {
+    fn suspects(&mut self, tasks: &[AdamTask]) -> Vec<usize> {
         let ranged = |(index, task): (usize, &AdamTask)| (range(task), index);
-        let mut gradients: Vec<_> = tasks.iter().enumerate().map(ranged).collect();
+        let gradients = &mut self.gradients;
+        gradients.clear();
+        gradients.extend(tasks.iter().enumerate().map(ranged));
         gradients.sort_unstable();
         let mut written = self.written.iter().peekable();
         let mut suspects = Vec::new();
-        for ((start, end), index) in gradients {
+        for &((start, end), index) in gradients.iter() {
             while written.next_if(|range| range.1 <= start).is_some() {}
             if start < end && written.peek().is_some_and(|range| range.0 < end) {
                 suspects.push(index);

@@ -10,6 +10,7 @@ mod arrays;
 mod dlpack;
 mod error;
 mod findings;
+mod foresight;
 mod geometry;
 mod gradients;
 mod lender;
@@ -17,7 +18,6 @@ mod lending;
 mod loans;
 mod lookup;
 mod memory;
-
 mod outcome;
 mod reading;
 mod roster;

@@ -24,6 +24,8 @@ pub struct Verdict {
     pub order: Order,
     /// Start and end of what the tasks write: sorted, and no two of them touch.
     pub written: Vec<(usize, usize)>,
+    /// Start, end and task of the gradients of the step at hand; kept for its memory.
+    pub gradients: Vec<((usize, usize), usize)>,
 }
 
 /// The tensors of a task that are written, with their index in `KEYS`.
@@ -88,7 +90,7 @@ impl Memory {
             self.key.truncate(self.cursor);
             self.verdict = sharing::examine(findings);
         }
-        match &self.verdict {
+        match &mut self.verdict {
             Some(verdict) => verdict.with_gradients(findings),
             None => Order::InSequence,
         }

@@ -77,19 +77,19 @@ impl Outcome {
 
     /// Of a step that was read, and that wrote `updated` and `written_grads`.
     pub fn new(
-        findings: Findings<'_>,
+        findings: &mut Findings<'_>,
         updated: Bound<'_, PyList>,
         written_grads: Bound<'_, PyList>,
         grad_norm: Option<f64>,
     ) -> PyResult<Self> {
         let py = updated.py();
-        let problems = findings.problems.into_iter().map(|problem| Py::new(py, problem));
+        let problems = findings.problems.drain(..).map(|problem| Py::new(py, problem));
         Ok(Self {
             stale: false,
-            missing: findings.missing,
-            retyped: findings.retyped,
+            missing: std::mem::take(&mut findings.missing),
+            retyped: std::mem::take(&mut findings.retyped),
             problems: problems.collect::<PyResult<_>>()?,
-            elsewhere: findings.elsewhere,
+            elsewhere: std::mem::take(&mut findings.elsewhere),
             updated: updated.unbind(),
             written_grads: written_grads.unbind(),
             grad_norm,

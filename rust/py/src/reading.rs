@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::findings::{Findings, Origin};
+use crate::foresight::{Descriptions, Foresight};
 use crate::geometry::Density;
 use crate::memory::{Memory, written};
 use crate::outcome::{Place, Problem};
@@ -25,6 +26,14 @@ pub struct Reader<'py, 'a> {
     pub state: Bound<'py, PyDict>,
     pub cursor: Cursor,
     pub memory: &'a mut Memory,
+    pub foresight: &'a mut Foresight,
+}
+
+/// All that was read of one parameter.
+struct Entry {
+    task: AdamTask,
+    counter: Counter,
+    descriptions: Descriptions,
 }
 
 /// The settings of one group.
@@ -80,7 +89,8 @@ impl<'py> Reader<'py, '_> {
             self.task(row, &grad, &moments, group, Negation::Unknown)
         };
         match result {
-            Ok((task, counter)) => {
+            Ok(Entry { task, counter, descriptions }) => {
+                self.foresight.remember(index, descriptions);
                 if is_retyped(row, &task) {
                     findings.retyped.push(place);
                 }
@@ -114,7 +124,7 @@ impl<'py> Reader<'py, '_> {
         grad: &Bound<'py, PyAny>,
         moments: &Moments<'py>,
         group: &Group,
-    ) -> Result<(AdamTask, Counter), Otherwise> {
+    ) -> Result<Entry, Otherwise> {
         let parameter = row.parameter.bind_borrowed(grad.py());
         let moments_alone = moments.iter().flatten().map(|moment| moment.as_borrowed());
         let negated = moments_alone
@@ -143,7 +153,7 @@ impl<'py> Reader<'py, '_> {
         moments: &Moments<'py>,
         group: &Group,
         negation: Negation,
-    ) -> Result<(AdamTask, Counter), Otherwise> {
+    ) -> Result<Entry, Otherwise> {
         // SAFETY: nothing in this function runs Python code before the last use of a reading, but for readings that fail,
         // and then none is used.
         let read = |object| unsafe { self.read_one(object) };
@@ -174,7 +184,10 @@ impl<'py> Reader<'py, '_> {
             return self.task_once_asked(row, grad, moments, group);
         }
         tensors.check()?;
-        Ok((tensors.task(row, group)?, Counter::new(&step, group.index)))
+        let Tensors { value, exp_avg, exp_avg_sq, .. } = &tensors;
+        let descriptions = [value, &step, exp_avg, exp_avg_sq].map(|reading| reading.described_at);
+        let counter = Counter::new(&step, group.index);
+        Ok(Entry { task: tensors.task(row, group)?, counter, descriptions })
     }
 }
 

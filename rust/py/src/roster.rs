@@ -41,6 +41,8 @@ impl Row {
 pub struct Roster {
     pub rows: Vec<Row>,
     pub groups: Vec<Range<usize>>,
+    /// All parameters in one list: what a step that leaves none out has updated.
+    pub all: Option<Py<PyList>>,
     revision: Option<u64>,
 }
 
@@ -69,6 +71,10 @@ impl Roster {
                 roster.rows.push(Row::new(parameter, id));
             }
             roster.groups.push(start..roster.rows.len());
+        }
+        if let Some(py) = params.first().map(Bound::py) {
+            let all = roster.rows.iter().map(|row| &row.parameter);
+            roster.all = Some(PyList::new(py, all)?.unbind());
         }
         Ok(roster)
     }

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use paramstate::{
     AdamTask, DType, Execution, Extent, Layout, Order, View, ViewLayout, adam_step,
-    clip_coefficient, scale, sum_of_squares,
+    clip_coefficient, prefetch, scale, sum_of_squares,
 };
 
 use crate::reading::Group;
@@ -92,6 +92,9 @@ pub struct Request {
     pub elsewhere_squares: Option<f64>,
 }
 
+/// How many counters ahead memory is asked for.
+const AHEAD: usize = 16;
+
 /// The step over all tasks, ready to run.
 pub struct Run<'a> {
     pub tasks: &'a mut [AdamTask],
@@ -123,7 +126,10 @@ impl Run<'_> {
         let coefficient = grad_norm.zip(max_grad_norm).map_or(1.0, clip);
         // One set of scalars serves all neighbours of the same group and count.
         let mut latest = (usize::MAX, f64::NAN, None);
-        for (task, counter) in self.tasks.iter_mut().zip(self.counters) {
+        for (index, (task, counter)) in self.tasks.iter_mut().zip(self.counters).enumerate() {
+            if let Some(next) = self.counters.get(index + AHEAD) {
+                prefetch(next.ptr.addr());
+            }
             // SAFETY: the caller's contract.
             let step = unsafe { counter.count() };
             if (latest.0, latest.1) != (counter.group, step) {

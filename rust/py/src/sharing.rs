@@ -90,7 +90,7 @@ pub fn examine(findings: &mut Findings<'_>) -> Option<Verdict> {
     }
     if problems.is_empty() {
         let written = merged(memory.extents.iter().map(bounding_range).collect());
-        return Some(Verdict { order, written });
+        return Some(Verdict { order, written, gradients: Vec::new() });
     }
     findings.problems.append(&mut problems);
     None

@@ -1,11 +1,12 @@
 //! Where the parameters live: whether each module still holds the tensors, and the child modules, that it held.
 
+use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyWeakref, PyWeakrefMethods};
 
-use crate::state::lookup;
+use crate::state::{entry_at, lookup};
 
 /// A parameter's place: `module._parameters[attribute]` is `tensor`.
 #[derive(FromPyObject)]
@@ -83,13 +84,15 @@ enum Found {
 /// The table of one module, kept while the same module is asked about: slots of one module are neighbours.
 struct Table<'py> {
     name: &'py Bound<'py, PyString>,
-    module: *mut pyo3::ffi::PyObject,
+    module: *mut ffi::PyObject,
     entries: Option<Bound<'py, PyDict>>,
+    /// In the order of `entries`: after the entry that was found last.
+    position: ffi::Py_ssize_t,
 }
 
 impl<'py> Table<'py> {
     fn new(name: &'py Bound<'py, PyString>) -> Self {
-        Self { name, module: std::ptr::null_mut(), entries: None }
+        Self { name, module: std::ptr::null_mut(), entries: None, position: 0 }
     }
 
     fn find(
@@ -105,8 +108,17 @@ impl<'py> Table<'py> {
                 None => None,
             };
             self.module = module.as_ptr();
+            self.position = 0;
         }
         let Some(entries) = &self.entries else { return Ok(Found::NoModule) };
+        // Slots stand in the table's own order, so the next entry is nearly always the one; comparing addresses touches
+        // neither the name nor the tensor, which are cold.
+        if let Some(entry) = entry_at(entries, self.position)
+            && entry.key == key.as_ptr()
+        {
+            self.position = entry.next;
+            return Ok(if entry.value == expected.as_ptr() { Found::Same } else { Found::Other });
+        }
         let held = lookup(entries, key.bind(py).as_any().as_borrowed())?;
         let is_same = held.is_some_and(|held| held.is(expected));
         Ok(if is_same { Found::Same } else { Found::Other })

@@ -18,13 +18,15 @@ pub struct Cursor {
 }
 
 /// One entry, borrowed from the dict.
-struct Entry {
-    key: *mut ffi::PyObject,
-    value: *mut ffi::PyObject,
-    next: ffi::Py_ssize_t,
+pub struct Entry {
+    pub key: *mut ffi::PyObject,
+    pub value: *mut ffi::PyObject,
+    /// The position of the entry after this one.
+    pub next: ffi::Py_ssize_t,
 }
 
-fn entry_at(dict: &Bound<'_, PyDict>, mut position: ffi::Py_ssize_t) -> Option<Entry> {
+/// The entry at a position of a dict's own order: 0, or an entry's `next`.
+pub fn entry_at(dict: &Bound<'_, PyDict>, mut position: ffi::Py_ssize_t) -> Option<Entry> {
     let (mut key, mut value) = (ptr::null_mut(), ptr::null_mut());
     // SAFETY: `dict` is a dict, and any position is valid: CPython checks it against the table it finds on each call.
     let found =

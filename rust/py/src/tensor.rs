@@ -53,6 +53,8 @@ pub struct Reading<'a> {
     pub geometry: Geometry<'a>,
     pub density: Density,
     pub len: usize,
+    /// The address of the shape, wherever torch keeps it: a hint for `foresight`.
+    pub described_at: usize,
 }
 
 impl Reading<'_> {
@@ -202,7 +204,14 @@ unsafe fn reading<'a>(out: &DlTensor) -> Option<Reading<'a>> {
         return None;
     }
     let ptr = out.data.cast::<u8>().wrapping_add(out.byte_offset as usize);
-    Some(Reading { ptr, element, geometry, density: geometry.density(), len })
+    Some(Reading {
+        ptr,
+        element,
+        geometry,
+        density: geometry.density(),
+        len,
+        described_at: out.shape.addr(),
+    })
 }
 
 /// Whether the tensor's negation is still pending; a tensor that cannot answer is treated as if it were.

@@ -13,7 +13,8 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
-use crate::findings::Findings;
+use crate::findings::{Findings, Room};
+use crate::foresight::Foresight;
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::reading::{Group, Reader};
@@ -40,6 +41,8 @@ pub struct Walk {
 struct Inner {
     roster: Roster,
     memory: Memory,
+    foresight: Foresight,
+    room: Room,
     slots: Slots,
 }
 
@@ -98,7 +101,9 @@ impl Walk {
         let passes_elsewhere = findings.elsewhere.is_empty() || elsewhere_squares.is_some();
         if !(findings.may_run() && passes_elsewhere) {
             let none = || PyList::empty(py);
-            return Outcome::new(findings, none(), none(), None);
+            let outcome = Outcome::new(&mut findings, none(), none(), None);
+            findings.vacate(&mut inner.room);
+            return outcome;
         }
         let Findings { tasks, counters, .. } = &mut findings;
         let run = Run { tasks, counters, groups: &groups, unscale, order, request };
@@ -133,6 +138,7 @@ impl Walk {
         // Whoever holds the lock is using these objects: they are not garbage.
         let Ok(inner) = self.inner.try_lock() else { return Ok(()) };
         inner.roster.rows.iter().try_for_each(|row| visit.call(&row.parameter))?;
+        inner.roster.all.iter().try_for_each(|all| visit.call(all))?;
         inner.slots.traverse(&visit)
     }
 
@@ -161,15 +167,17 @@ impl Walk {
         groups: &[Group],
     ) -> PyResult<Findings<'py>> {
         let py = state.py();
-        let Inner { roster, memory, .. } = inner;
+        let Inner { roster, memory, foresight, room, .. } = inner;
         roster.renew(py, self.store.get());
         memory.begin();
-        let mut findings = Findings::with_capacity(roster.rows.len());
+        foresight.resize(roster.rows.len());
+        let mut findings = Findings::within(room);
         let (torch, names, cursor) = (Torch::get(py)?, &self.names, Cursor::new());
-        let mut reader = Reader { torch, names, state, cursor, memory };
+        let mut reader = Reader { torch, names, state, cursor, memory, foresight };
         for (group, rows) in groups.iter().zip(&roster.groups) {
             for (index, row) in rows.clone().enumerate() {
                 let place = (group.index, index);
+                reader.foresight.look_ahead(&roster.rows, row);
                 reader.read((place, row, &roster.rows[row]), group, &mut findings)?;
             }
         }
@@ -192,12 +200,17 @@ impl Inner {
         }
         let rows = &self.roster.rows;
         let written = findings.origins.iter();
-        let updated = PyList::new(py, written.clone().map(|origin| &rows[origin.row].parameter))?;
+        let updated = match &self.roster.all {
+            Some(all) if written.len() == rows.len() => all.bind(py).clone(),
+            _ => PyList::new(py, written.clone().map(|origin| &rows[origin.row].parameter))?,
+        };
         let grads: Vec<_> =
             if wrote_grads { written.map(|origin| &origin.grad).collect() } else { Vec::new() };
         let written_grads = PyList::new(py, grads)?;
         lending::lend(py, &mut self.roster, store, &mut findings.origins)?;
-        Outcome::new(findings, updated, written_grads, grad_norm)
+        let outcome = Outcome::new(&mut findings, updated, written_grads, grad_norm);
+        findings.vacate(&mut self.room);
+        outcome
     }
 }
 
