@@ -184,8 +184,11 @@ def clip_grad_norm_(
         )
     coefficient = clip_coefficient(norm, float(max_norm))
     if coefficient != 1.0:
-        _core.scale_(grads, coefficient, threads=threads)
+        left = _core.scale_(grads, coefficient, threads=threads)
         torch.autograd.graph.increment_version(grads)
+        for index in left:
+            # Gradients that share a part of their memory: scaled one after another, as torch does.
+            grads[index].mul_(coefficient)
     dtype = grads[0].dtype
     for grad in grads:
         dtype = torch.promote_types(dtype, grad.dtype)

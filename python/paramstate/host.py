@@ -148,6 +148,11 @@ class HostStep:
                 f"parameter {name}: {problem.key!r} shares memory with itself (shape {problem.got}, an expand()ed "
                 "tensor); give it memory of its own with .contiguous()"
             )
+        if problem.kind == "state_overlap":
+            raise OverlapError(
+                f"parameter {name}: {problem.key!r} shares memory with something else that the step writes; give it "
+                "memory of its own with .clone()"
+            )
         other = "" if problem.other is None else f" and {self._called(*problem.other)}"
         raise OverlapError(
             f"parameters {name}{other} share memory, so each would be updated twice; give one of them memory of its "

@@ -162,12 +162,12 @@ class Membership(torch.optim.Optimizer):
     def _require_own_memory(self) -> None:
         """Refuse parameters that share memory with themselves or with each other."""
         every = [param for group in self.param_groups for param in group["params"]]
-        for index in _core.expanded(every):
-            raise OverlapError(
-                f"parameter {self._described(index)} shares memory with itself: shape {list(every[index].shape)}, "
-                f"strides {list(every[index].stride())} (an expand()ed tensor); give it its own with .contiguous()"
-            )
         for one, other in _core.overlapping(every):
+            if one == other:
+                raise OverlapError(
+                    f"parameter {self._described(one)} shares memory with itself: shape {list(every[one].shape)}, "
+                    f"strides {list(every[one].stride())} (an expand()ed tensor); give it its own with .contiguous()"
+                )
             raise OverlapError(
                 f"parameters {self._described(one)} and {self._described(other)} share memory, so each would be "
                 "updated twice; give one of them memory of its own with .clone(), or leave it out"

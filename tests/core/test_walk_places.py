@@ -89,7 +89,7 @@ def test_sum_of_squares_and_scale_take_the_host_s_tensors_each_element_once() ->
     assert whole.tolist() == [1.0] * 4
 
 
-def test_overlapping_and_expanded_are_exact() -> None:
+def test_overlapping_is_exact_and_a_tensor_that_shares_with_itself_is_a_pair() -> None:
     whole = torch.zeros(6, 4)
     tensors = [
         whole[:, ::2],
@@ -99,9 +99,8 @@ def test_overlapping_and_expanded_are_exact() -> None:
         torch.zeros(1).expand(3),
         torch.zeros(3).to_sparse(),
     ]
-    assert sorted(_core.overlapping(tensors)) == [(0, 2), (1, 2)]
+    assert sorted(_core.overlapping(tensors)) == [(0, 2), (1, 2), (4, 4)]
     assert _core.overlapping([whole, whole]) == []
-    assert _core.expanded(tensors) == [4]
 
 
 def test_the_instruction_set_has_a_name() -> None:

@@ -48,6 +48,5 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(tensors::sum_of_squares, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::scale_, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::overlapping, module)?)?;
-    module.add_function(wrap_pyfunction!(tensors::expanded, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)
 }

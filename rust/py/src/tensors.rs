@@ -70,35 +70,23 @@ pub fn scale_(
     Ok(elsewhere)
 }
 
-/// The pairs of tensors that share at least one byte of the host's memory; one object listed twice is no pair.
+/// The pairs of tensors that share at least one byte of the host's memory; one object listed twice is no pair. A tensor
+/// several of whose elements are one in memory is a pair with itself.
 #[pyfunction]
 #[pyo3(signature = (tensors))]
 pub fn overlapping(
     py: Python<'_>,
     tensors: Vec<Bound<'_, PyAny>>,
 ) -> PyResult<Vec<(usize, usize)>> {
-    let mut seen = HashSet::new();
-    let is_first = |index: &usize| seen.insert(tensors[*index].as_ptr());
-    let distinct: Vec<usize> = (0..tensors.len()).filter(is_first).collect();
-    let mut indices = Vec::with_capacity(distinct.len());
-    let mut extents = Vec::with_capacity(distinct.len());
-    for (index, extent) in self::extents(py, &tensors)? {
-        if distinct.binary_search(&index).is_ok() {
-            indices.push(index);
-            extents.push(extent);
-        }
-    }
-    let pairs = paramstate::overlapping(&extents);
-    Ok(pairs.into_iter().map(|(a, b)| (indices[a], indices[b])).collect())
-}
-
-/// The indices of the tensors several of whose elements are one in memory.
-#[pyfunction]
-#[pyo3(signature = (tensors))]
-pub fn expanded(py: Python<'_>, tensors: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<usize>> {
-    let extents = extents(py, &tensors)?;
-    let shares = extents.into_iter().filter(|(_, extent)| overlaps_itself(extent));
-    Ok(shares.map(|(index, _)| index).collect())
+    let mut seen = HashSet::with_capacity(tensors.len());
+    let mut found = extents(py, &tensors)?;
+    found.retain(|(index, _)| seen.insert(tensors[*index].as_ptr()));
+    let (indices, extents): (Vec<usize>, Vec<Extent>) = found.into_iter().unzip();
+    let itself = indices.iter().zip(&extents).filter(|(_, extent)| overlaps_itself(extent));
+    let mut pairs: Vec<_> = itself.map(|(&index, _)| (index, index)).collect();
+    let others = paramstate::overlapping(&extents).into_iter();
+    pairs.extend(others.map(|(a, b)| (indices[a], indices[b])));
+    Ok(pairs)
 }
 
 fn extents(py: Python<'_>, tensors: &[Bound<'_, PyAny>]) -> PyResult<Vec<(usize, Extent)>> {
