@@ -31,7 +31,7 @@ use crate::{Bounds, DType, Execution, Isa, View};
 /// ```
 pub unsafe fn scale(views: &[View], coefficient: f64, execution: &Execution) {
     // SAFETY: the caller's contract.
-    unsafe { change(views, |view| (view, Change::Scale(coefficient)), execution) }
+    unsafe { change(views, |view| (view, Factor(coefficient)), execution) }
 }
 
 /// Moves every element that lies outside its view's bounds to the nearer one.
@@ -54,21 +54,34 @@ pub unsafe fn scale(views: &[View], coefficient: f64, execution: &Execution) {
 /// ```
 pub unsafe fn clamp(views: &[(View, Bounds)], execution: &Execution) {
     // SAFETY: the caller's contract.
-    unsafe { change(views, |(view, bounds)| (view, Change::Clamp(*bounds)), execution) }
+    unsafe { change(views, |(view, bounds)| (view, *bounds), execution) }
 }
 
-/// What happens to each element of a view.
+/// What happens to each element of a view: for each compute type a loop.
+trait Change: Copy {
+    fn apply<C: Compute>(self, values: &mut [C], isa: Isa);
+}
+
 #[derive(Clone, Copy)]
-enum Change {
-    Scale(f64),
-    Clamp(Bounds),
+struct Factor(f64);
+
+impl Change for Factor {
+    fn apply<C: Compute>(self, values: &mut [C], isa: Isa) {
+        isa.run(Scale { values, coefficient: C::narrow(self.0) });
+    }
+}
+
+impl Change for Bounds {
+    fn apply<C: Compute>(self, values: &mut [C], isa: Isa) {
+        isa.run(Clamp { values, interval: self.narrow() });
+    }
 }
 
 /// # Safety
 /// As for [`scale`].
-unsafe fn change<T: Sync>(
+unsafe fn change<T: Sync, F: Change>(
     items: &[T],
-    split: impl Fn(&T) -> (&View, Change) + Sync,
+    split: impl Fn(&T) -> (&View, F) + Sync,
     execution: &Execution,
 ) {
     let len_of = |item: usize| split(&items[item]).0.layout.len();
@@ -93,7 +106,7 @@ unsafe fn change<T: Sync>(
 /// As for [`scale`], for the elements `span`.
 unsafe fn change_span<C: Compute>(
     view: &View,
-    change: Change,
+    change: impl Change,
     span: Range<usize>,
     scratch: &mut [C; BLOCK],
     isa: Isa,
@@ -104,10 +117,7 @@ unsafe fn change_span<C: Compute>(
         let part = start..span.end.min(start + block);
         // SAFETY: the caller's contract.
         let values = unsafe { side.open(part.clone(), scratch, isa) };
-        match change {
-            Change::Scale(by) => isa.run(Scale { values, coefficient: C::narrow(by) }),
-            Change::Clamp(bounds) => isa.run(Clamp { values, interval: bounds.narrow() }),
-        }
+        change.apply(values, isa);
         // SAFETY: the same part and scratch.
         unsafe { side.close(part, scratch, isa) };
     }

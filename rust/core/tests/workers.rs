@@ -72,7 +72,8 @@ fn a_child_made_by_fork_after_a_parallel_step_has_workers_of_its_own() {
     let norm = || {
         let mut buffer = OwnedBuffer::zeroed(DType::F32, LEN);
         buffer.as_mut_slice::<f32>().unwrap().fill(0.5);
-        let view = View { operand: buffer.operand(), layout: ViewLayout::Flat { len: LEN } };
+        let layout = ViewLayout::Strided { shape: vec![LEN], strides: vec![1] };
+        let view = View { operand: buffer.operand(), layout };
         let execution = Execution::new(NonZeroUsize::new(4).unwrap());
         // SAFETY: one buffer, alive until the end of the call.
         unsafe { sum_of_squares(&[view], &execution) }
