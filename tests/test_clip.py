@@ -264,3 +264,11 @@ def test_a_constraint_that_cannot_hold_is_refused() -> None:
         paramstate.Box(math.nan, None)
     with pytest.raises(paramstate.UnknownParameterError, match=r"first\.wieght"):
         paramstate.AdamW(Net(), constraints={"first.wieght": paramstate.Box(0.0, 1.0)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bound", [0.1, 1e30, 2**60 + 1])
+def test_a_number_as_bound_is_rounded_once_to_the_parameters_dtype(bound: float, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.full((3,), math.inf, dtype=dtype))
+    paramstate.clip_(parameter, max=bound)
+    assert parameter.tolist() == [torch.tensor(bound, dtype=torch.float64).to(dtype).item()] * 3

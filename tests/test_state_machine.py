@@ -185,6 +185,8 @@ class Restructuring(Replacing):
     @rule(index=which)
     def remove_a_layer_and_rebind(self, index: int) -> None:
         name = self.layers()[index % len(self.layers())]
+        if not self.knows_model:
+            self.opt.rebind(self.net)  # what was never seen in a model cannot be missed from it
         delattr(self.net, name)
         report = self.opt.rebind(self.net)
         self.knows_model = True

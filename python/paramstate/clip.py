@@ -102,7 +102,9 @@ def _bound(param: Tensor, label: str, bound: Bound) -> Tensor | None:
     """A bound as a tensor that broadcasts to the parameter."""
     if bound is None:
         return None
-    tensor = torch.as_tensor(bound, device=param.device).detach().to(param.dtype)
+    # A number is as exact as float64: torch's default dtype, through which it would go otherwise, may be less.
+    dtype = torch.float64 if isinstance(bound, (int, float)) else None
+    tensor = torch.as_tensor(bound, dtype=dtype).detach().to(param.dtype).to(param.device)
     try:
         shape = torch.broadcast_shapes(tensor.shape, param.shape)
     except RuntimeError:

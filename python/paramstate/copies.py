@@ -25,6 +25,7 @@ class Copying(Following):
                 (entry.id, entry.param, entry.label, self._table.names(entry), entry.constraint)
                 for entry in self._table
             ],
+            "ambiguous": self._table.ambiguous,
         }
         return {**super().__getstate__(), "_identity": identity}
 
@@ -40,6 +41,7 @@ class Copying(Following):
                 if constraint is not None:
                     self._constrained = True
                     self._table.store.set_bounds(id, constraint.min, constraint.max)
+            self._table.ambiguous = identity["ambiguous"]
         super().__setstate__(state)
         listen(self)
 
@@ -47,7 +49,6 @@ class Copying(Following):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        # A model that is copied in the same call, before or after, is found in the memo.
+        # A model that is copied in the same call, before or after, is found in the memo when the copy is first used.
         twin._copied_from = (memo, [weakref.ref(model) for model in self._slots.models])
-        twin._resolve_copies()
         return twin

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ReplacedParameterError, listed
 from .hooks import listen
-from .identity import Entry
+from .identity import Entry, Slot
 from .membership import Membership
 from .slots import Findings
 from .wrappers import Link, Place, Tree
@@ -33,17 +33,39 @@ class Following(Membership):
         if new is entry.param:
             return
         others = [slot for slot in entry.slots if slot.attribute != attribute or slot.module() is not module]
-        elsewhere = [held._parameters.get(slot.attribute) for slot in others if (held := slot.module()) is not None]
-        if self._table.of(new) is not None or any(param is not new for param in elsewhere):
+        if self._table.of(new) is not None or not self._all_hold(others, new):
             self._slots.dirty = True
         else:
-            self._follow(entry, new)
+            self._follow_announced(entry, new)
+
+    def _all_hold(self, slots: list[Slot], param: Tensor) -> bool:
+        """Whether ``param`` stands in all of these slots, as far as they are still in the models."""
+        if not slots:
+            return True
+        now = {place.path: place.param for place in self._slots.places()}
+        return all(now.get(slot.path, param) is param for slot in slots)
+
+    def _follow_announced(self, entry: Entry, new: Tensor, places: list[Place] | None = None) -> None:
+        """Follow before the assignment is made.
+
+        A client that edits groups and state itself may come right after it and look under the old tensor: until the
+        next look at the groups the state stands there as well.
+        """
+        old = entry.param
+        self._follow(entry, new, places)
+        state = self.state.get(new)
+        if state:
+            self.state[old] = state
+            self._aliases.append((old, state))
+        if not entry.slots:
+            self._left.append((entry, old, old.grad))
 
     def _is_enrolled(self, needed: bool) -> bool:
         """Whether the parameters have their IDs; if that is ``needed``, they get them."""
         if needed and not self._roster:
             self._sync()
-        self._resolve_copies()
+        elif needed:
+            self._resolve_copies()
         return bool(self._roster)
 
     def _on_module(self, parent: nn.Module, name: str, child: nn.Module) -> None:
@@ -64,12 +86,12 @@ class Following(Membership):
             self._settle(stepping=False)
             self._slots.dirty = True
             for entry, places in self._slots.examine(self._table, Link(parent, name, child)).replaced:
-                self._follow(entry, places[0].param, places)
+                self._follow_announced(entry, places[0].param, places)
         by_path = {place.path: place.param for place in inside}
         for place, entry in leaving:
             new = by_path.get(place.path)
             if not entry.slots and new is not None and self._table.of(new) is None:
-                self._follow(entry, new)
+                self._follow_announced(entry, new)
 
     def _settle(self, *, stepping: bool) -> None:
         """Compare the models with what is recorded, and follow or raise.
@@ -81,10 +103,13 @@ class Following(Membership):
             ReplacedParameterError: stepping, and something changed that only the user can decide.
         """
         self._is_enrolled(needed=True)
-        if not self._slots.roots:
-            return
+        self._drop_aliases()
+        if stepping:
+            self._raise_for_left()
         if self._slots.forget_dead_models(self._table):
             self._watched = False
+        if not self._slots.roots:
+            return
         if not self._watched:
             self._walk.watch(*self._slots.watch_list(self._table))
             self._watched = True
@@ -97,8 +122,9 @@ class Following(Membership):
             self._raise_for(findings)
         for entry, places in findings.replaced:
             self._follow(entry, places[0].param, places)
-        self._resettle(findings.present)
         if not findings.problems:
+            # Names follow paths only in a model that is whole: two modules may be about to change places.
+            self._resettle(findings.present)
             self._slots.clean(self._table)
         self._watched = False
 
@@ -113,6 +139,17 @@ class Following(Membership):
         self._table.move_names(changes)
         for entry, places in moved:
             self._slots.settle(entry, places)
+
+    def _raise_for_left(self) -> None:
+        """Where the slots are unknown, a tensor that was replaced may still be used: then it has a gradient again."""
+        for entry, old, grad in self._left:
+            if old.grad is not None and old.grad is not grad and self._table.of(old) is None:
+                raise ReplacedParameterError(
+                    f"parameter {self._table.name(entry)!r} was replaced in one module, but the tensor before it has a "
+                    "gradient: it is still used (tied to another module, or the graph was built before) and no longer "
+                    "optimized. opt.rebind(model, group=0) adopts it, opt.rebind(model) goes on without it"
+                )
+        self._left.clear()
 
     def _raise_for(self, findings: Findings) -> None:
         for entry, place in findings.untied:

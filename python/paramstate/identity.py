@@ -58,7 +58,8 @@ class IdentityTable:
         self.store = store
         self._entries: dict[int, Entry] = {}
         self._by_param: dict[Tensor, Entry] = {}
-        self._ambiguous: dict[str, list[int]] = {}
+        self.ambiguous: dict[str, list[int]] = {}
+        """Bare names that several parameters share, with the IDs of those that do."""
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
@@ -116,7 +117,7 @@ class IdentityTable:
             entry = self._entries.get(self.store.id(name))
             if entry is not None:
                 return entry
-        sharing = [self.name(self._entries[id]) for id in self._ambiguous.get(name, []) if id in self._entries]
+        sharing = [self.name(self._entries[id]) for id in self.ambiguous.get(name, []) if id in self._entries]
         if sharing:
             raise AmbiguousNameError(f"the name {name!r} is shared by {listed(sharing)}; use one of these")
         known = list(self.ids())
@@ -145,7 +146,7 @@ class IdentityTable:
                 self.store.alias(known, alias)
         for name, qualified in zip(names, free, strict=True):
             if name != qualified:
-                self._ambiguous[name].append(known)
+                self.ambiguous[name].append(known)
         self._entries[known] = entry
         self._by_param[param] = entry
         return entry
@@ -153,10 +154,10 @@ class IdentityTable:
     def _claim(self, name: str, label: str) -> str:
         """The name to use for a new parameter: ``name``, or a qualified one where another parameter has it."""
         holder = self._entries.get(self.store.id(name)) if name in self.store else None
-        if holder is None and name not in self._ambiguous:
+        if holder is None and name not in self.ambiguous:
             return name
         if holder is not None:
-            self._ambiguous[name] = [holder.id]
+            self.ambiguous[name] = [holder.id]
             self.store.rename(name, self._unused(f"{holder.label}:{name}"))
         return self._unused(f"{label}:{name}")
 
@@ -180,20 +181,20 @@ class IdentityTable:
                 lost one, or of the main name where the user had given another; what is left over is added or dropped.
         """
         moves: list[tuple[str, str]] = []
-        additions: list[tuple[int, str]] = []
+        additions: list[tuple[Entry, str]] = []
         for entry, lost, gained in changes:
             names = self.names(entry)
             stale = [name for name in lost if name in names] or (names[:1] if lost else [])
             new = [path for path in gained if path not in names]
             moves += zip(stale, new, strict=False)
-            additions += [(entry.id, path) for path in new[len(stale) :]]
+            additions += [(entry, path) for path in new[len(stale) :]]
             for name in stale[len(new) :]:
                 if len(self.names(entry)) > 1:
                     self.store.unalias(name)
         self.rename(moves)
-        for id, path in additions:
-            if path not in self.store:
-                self.store.alias(id, path)
+        for entry, path in additions:
+            taken = path in self.store
+            self.store.alias(entry.id, self._unused(f"{entry.label}:{path}") if taken else path)
 
     def rename(self, moves: Sequence[tuple[str, str]]) -> None:
         """Change names, all at once; one whose new name another parameter has keeps the old."""
@@ -211,22 +212,28 @@ class IdentityTable:
     def change_ids(self, changed: Mapping[int, int]) -> None:
         """Give entries other IDs, all at once; names, tensors, slots and constraints stay.
 
-        An entry that is not changed but whose ID is wanted gets one of its own anew.
+        An entry that is not changed but whose ID is wanted gets one of its own anew. An ID that the store holds for a
+        parameter outside this table is not taken: that parameter may be another optimizer's.
 
         Args:
-            changed: present ID to new ID.
+            changed: present ID to new ID; the new ones are distinct, and integers from 1 to 2**63 - 1.
         """
+        changed = {old: new for old, new in changed.items() if new in self._entries or new not in self.store}
         wanted = set(changed.values())
         moving = [entry for entry in self if entry.id in changed or entry.id in wanted]
         names = {entry.id: self.names(entry) for entry in moving}
+        moved: dict[int, int] = {}
         for entry in moving:
             self.store.remove(entry.id)
             del self._entries[entry.id]
         for entry in sorted(moving, key=lambda entry: entry.id not in changed):
-            own = names[entry.id]
-            entry.id = self.store.register(own[0] if own else None, id=changed.get(entry.id))
+            former, own = entry.id, names[entry.id]
+            entry.id = self.store.register(own[0] if own else None, id=changed.get(former))
+            moved[former] = entry.id
             for alias in own[1:]:
                 self.store.alias(entry.id, alias)
             if entry.constraint is not None:
                 self.store.set_bounds(entry.id, entry.constraint.min, entry.constraint.max)
             self._entries[entry.id] = entry
+        for sharing in self.ambiguous.values():
+            sharing[:] = [moved.get(id, id) for id in sharing]

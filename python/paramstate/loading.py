@@ -7,6 +7,7 @@ are placed when it calls ``__setstate__``, so that hooks after the load see all 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoadError
-from .matching import SIZES, LoadReport, Ours, Saved, check, match, saved_parameters
+from .matching import GivenNames, LoadReport, Ours, Saved, check, check_ids, match, options_by_name, saved_parameters
 from .membership import Membership
 
 _VERSION = 1
@@ -68,12 +69,18 @@ class NamedLoading(Membership):
 
         Parameters are matched by name where both sides have names, by position with every shape checked otherwise.
         Tensors are copied; moments keep the dtype they were saved in, unless the value is wider. IDs of the saved side
-        are taken over.
+        are taken over, except one that the store holds for a parameter that is not in this optimizer: then our
+        parameter keeps its own.
+
+        Matched by name, a group takes the options of the saved group that holds its parameters, wherever that stands.
+        Matched by position, group is paired with group.
 
         Args:
             state_dict: as returned by ``state_dict()``, ours or torch's.
-            strict: refuse missing, unexpected and reshaped parameters. If not, what matches is loaded, and parameters
-                without saved state start afresh.
+            strict: refuse missing, unexpected and reshaped parameters, another number of groups, and a group whose
+                parameters come from saved groups of different options. If not, what matches is loaded, parameters
+                without saved state start afresh, and such a group keeps its own options, as does one none of whose
+                parameters was saved. Without names the number of groups must be the same all the same.
             strict_names: refuse to match by position.
             names: saved name to our name, for parameters that were renamed.
 
@@ -97,14 +104,15 @@ class NamedLoading(Membership):
 
         def prepare(_: torch.optim.Optimizer, loading: dict[str, Any]) -> dict[str, Any]:
             pairs, found = self._match(loading, names or {}, strict, strict_names)
+            aligned = self._aligned(loading, pairs, by_name=found.matched_by == "name", strict=strict)
             self._incoming = {
-                ours.param: self._copy_state(ours.param, saved, loading)
+                ours.param: _copy_state(ours.param, saved, aligned["param_groups"][ours.group])
                 for saved, ours in pairs
                 if saved.state and ours.label not in found.reshaped
             }
             ids.update({ours.param: saved.id for saved, ours in pairs if saved.id is not None})
             report.append(found)
-            return self._aligned(loading, by_name=found.matched_by == "name")
+            return aligned
 
         handle = self.register_load_state_dict_pre_hook(prepare)
         try:
@@ -118,53 +126,49 @@ class NamedLoading(Membership):
     def _match(
         self, loading: Mapping[str, Any], renamed: Mapping[str, str], strict: bool, strict_names: bool
     ) -> tuple[list[tuple[Saved, Ours]], LoadReport]:
-        if len(loading["param_groups"]) != len(self.param_groups):
-            raise LoadError(f"{_GROUPS}: {len(loading['param_groups'])}, the optimizer has {len(self.param_groups)}")
+        if strict:
+            self._require_as_many_groups(loading)
         pairs, report = match(
             saved_parameters(loading, renamed), self._our_parameters(), strict=strict, strict_names=strict_names
         )
-        if report.matched_by == "position" and strict:
-            self._require_equal_groups(loading)
+        if report.matched_by == "position":
+            self._require_as_many_groups(loading)
         check(pairs, report, self._shaped_state, strict=strict)
+        check_ids(pairs)
         return pairs, report
 
-    def _require_equal_groups(self, loading: Mapping[str, Any]) -> None:
-        for number, (saved, ours) in enumerate(zip(loading["param_groups"], self.param_groups, strict=True)):
-            if len(saved["params"]) != len(ours["params"]):
-                raise LoadError(
-                    f"{SIZES}: group {number} has {len(saved['params'])} parameters there and {len(ours['params'])} "
-                    "here, and one side has no names"
-                )
+    def _require_as_many_groups(self, loading: Mapping[str, Any]) -> None:
+        if len(loading["param_groups"]) != len(self.param_groups):
+            raise LoadError(
+                f"{_GROUPS}: {len(loading['param_groups'])}, the optimizer has {len(self.param_groups)}; build it with "
+                "the saved groups, or, where both sides have names, give strict=False"
+            )
 
     def _our_parameters(self) -> list[Ours]:
         ours: dict[Tensor, Ours] = {}
-        for group in self.param_groups:
-            given = group.get("param_names") or [None] * len(group["params"])
-            for param, name in zip(group["params"], given, strict=False):
-                names = self._table.names(self._table.find(param))
-                if name is not None and name not in names:
-                    names = [*names, name]
+        given = GivenNames(self.param_groups)
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                names = given.added_to(self._table.names(self._table.find(param)), param)
                 label = names[0] if names else f"position {len(ours)}"
-                ours.setdefault(param, Ours(param, names, label))
+                ours.setdefault(param, Ours(param, names, label, number))
         return list(ours.values())
 
-    def _copy_state(self, param: Tensor, saved: Saved, loading: Mapping[str, Any]) -> dict[str, Any]:
-        group = next(group for group in loading["param_groups"] if saved.key in group["params"])
-        on_device = bool(group.get("capturable") or group.get("fused"))
-        return {key: _copy_entry(param, key, value, on_device=on_device) for key, value in (saved.state or {}).items()}
-
-    def _aligned(self, loading: dict[str, Any], *, by_name: bool) -> dict[str, Any]:
+    def _aligned(
+        self, loading: dict[str, Any], pairs: list[tuple[Saved, Ours]], *, by_name: bool, strict: bool
+    ) -> dict[str, Any]:
         """The state dict as torch's method is to see it: our parameters, the saved options, no state of parameters."""
-        groups = []
-        keys = {key for group in loading["param_groups"] for key in group["params"]}
+        saved = loading["param_groups"]
+        options = options_by_name(saved, self.param_groups, pairs, strict=strict) if by_name else saved
+        # Copied one by one: two groups that take the options of one saved group are not to share a tensor in them.
+        groups = [copy.deepcopy(dict(group)) for group in options]
         position = 0
-        for saved, ours in zip(loading["param_groups"], self.param_groups, strict=True):
-            options = dict(saved)
-            options["params"] = list(range(position, position + len(ours["params"])))
+        for group, ours in zip(groups, self.param_groups, strict=True):
+            group["params"] = list(range(position, position + len(ours["params"])))
             position += len(ours["params"])
-            if by_name or "param_names" in ours or len(options.get("param_names", ())) != len(ours["params"]):
-                options.pop("param_names", None)
-            groups.append(options)
+            if "param_names" in ours or len(group.get("param_names", ())) != len(ours["params"]):
+                group.pop("param_names", None)
+        keys = {key for group in saved for key in group["params"]}
         rest = {key: value for key, value in loading["state"].items() if key not in keys}
         return {**loading, "state": rest, "param_groups": groups}
 
@@ -186,6 +190,12 @@ class NamedLoading(Membership):
             self._roster = []
             self._watched = False
             self._sync()
+
+
+def _copy_state(param: Tensor, saved: Saved, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of a parameter's saved state for the group that it will be in."""
+    on_device = bool(group.get("capturable") or group.get("fused"))
+    return {key: _copy_entry(param, key, value, on_device=on_device) for key, value in (saved.state or {}).items()}
 
 
 def _copy_entry(param: Tensor, key: str, value: Any, *, on_device: bool) -> Any:

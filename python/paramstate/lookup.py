@@ -89,14 +89,18 @@ class Lookup(Following):
 
         Raises:
             UnknownParameterError: an old name is not known. Nothing is renamed then.
-            ValueError: a new name is taken. Nothing is renamed then.
+            ValueError: a new name is taken, or given twice. Nothing is renamed then.
         """
         self._sync()
         self._settle(stepping=False)
         known = self._table.ids()
         moves = [(old, new) for old, new in names.items() if old in known or new not in known]
+        wanted: dict[str, str] = {}
         for old, new in moves:
             self._table.find(old)
+            first = wanted.setdefault(new, old)
+            if first != old:
+                raise ValueError(f"cannot rename both {first!r} and {old!r} to {new!r}: give them different names")
             if new in known and new not in names:
                 raise ValueError(f"cannot rename {old!r} to {new!r}: another parameter is called so")
         self._table.rename(moves)

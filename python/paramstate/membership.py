@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _core
+from .constraints import Box
 from .errors import OverlapError, ReplacedParameterError, listed
 from .identity import Entry, IdentityTable
 from .slots import SlotTable
@@ -48,6 +49,8 @@ class Membership(torch.optim.Optimizer):
     _lock: threading.RLock
     _constrained: bool
     _handed_over: bool
+    _aliases: list[tuple[Tensor, dict[str, Any]]]
+    _left: list[tuple[Entry, Tensor, Tensor | None]]
     _under_construction: bool
 
     def _begin_identity(
@@ -67,7 +70,19 @@ class Membership(torch.optim.Optimizer):
             self._know(model)
         if isinstance(params, nn.Module):
             return self._named_parameters(params)
+        if store is not None and model is None:
+            params = list(params)
+            self._require_names(params)
         return params
+
+    def _require_names(self, params: list[Any]) -> None:
+        """A store that was handed over is matched by name."""
+        groups = [group for group in params if isinstance(group, dict)]
+        named = [isinstance(group["params"], nn.Module) or "param_names" in group for group in groups]
+        if not (groups and all(named)) and not (params and isinstance(params[0], tuple)):
+            raise ValueError(
+                "store= is matched by name, and these parameters have none: give the model, or named_parameters()"
+            )
 
     def _make_tables(self, store: _core.Store) -> None:
         self._table = IdentityTable(store)
@@ -80,6 +95,8 @@ class Membership(torch.optim.Optimizer):
         self._lock = threading.RLock()
         self._constrained = False
         self._handed_over = False
+        self._aliases = []
+        self._left = []
         self._under_construction = False
 
     def _know(self, model: nn.Module) -> list[Place]:
@@ -186,7 +203,7 @@ class Membership(torch.optim.Optimizer):
         raise IndexError(index)
 
     def _adopt_stored_state(self, entry: Entry) -> None:
-        """Take over the state that a handed-over store holds under the ID."""
+        """Take over the state and the constraint that a handed-over store holds under the ID."""
         lent = {
             key: tensor
             for key in self._table.store.keys(entry.id)
@@ -194,6 +211,10 @@ class Membership(torch.optim.Optimizer):
         }
         if lent:
             self.state[entry.param] = lent
+        low, high = self._table.store.bounds(entry.id)
+        if low is not None or high is not None:
+            entry.constraint = Box(low, high)
+            self._constrained = True
 
     def _follow(self, entry: Entry, new: Tensor, places: list[Place] | None = None) -> None:
         """Let ``new`` stand for a parameter: in the groups, in the state, and for its gradient."""
@@ -242,6 +263,7 @@ class Membership(torch.optim.Optimizer):
     def _sync(self) -> None:
         """Bring the table up to date with ``param_groups``, which clients edit."""
         self._resolve_copies()
+        self._drop_aliases()
         groups = [list(group["params"]) for group in self.param_groups]
         if not _same_objects(groups, self._roster):
             self._enroll(groups)
@@ -252,7 +274,7 @@ class Membership(torch.optim.Optimizer):
         for position, params in enumerate(groups):
             for index, param in enumerate(params):
                 if self._table.of(param) is None:
-                    partner = self._partner(position, index, len(params), gone)
+                    partner = self._partner(position, index, gone)
                     if partner is not None:
                         gone.remove(partner)
                         self._follow(partner, param)
@@ -268,17 +290,37 @@ class Membership(torch.optim.Optimizer):
         self._index = None
         self._watched = False
 
-    def _partner(self, position: int, index: int, length: int, gone: list[Entry]) -> Entry | None:
-        """In whose place a client put a new object: by the name beside it, else by its place in the group."""
-        names = self.param_groups[position].get("param_names", ())
-        if len(names) == length:
-            named = [entry for entry in gone if names[index] in self._table.names(entry)]
-            if named:
-                return named[0]
+    def _partner(self, position: int, index: int, gone: list[Entry]) -> Entry | None:
+        """In whose place a client put a new object.
+
+        In a model that is known its slot tells. Otherwise its place in the group does, but only where the client moved
+        the state too, or changed nothing else in the group: a whole list of other parameters is just that.
+        """
+        params = self.param_groups[position]["params"]
+        paths = [place.path for place in self._place_index().get(params[index], [])]
+        if paths:
+            return next((entry for entry in gone if set(paths) & set(self._table.names(entry))), None)
         before = self._roster[position] if position < len(self._roster) else []
-        if len(before) != length:
+        if len(before) != len(params):
             return None
-        return next((entry for entry in gone if entry.param is before[index]), None)
+        partner = next((entry for entry in gone if entry.param is before[index]), None)
+        if partner is None or self._is_in_a_model(partner):
+            return None
+        moved = bool(self.state.get(params[index])) or not self.state.get(partner.param)
+        alone = sum(one is not other for one, other in zip(before, params, strict=True)) == 1
+        return partner if moved or alone else None
+
+    def _is_in_a_model(self, entry: Entry) -> bool:
+        """Whether a slot of a model still holds the parameter."""
+        modules = ((slot.module(), slot.attribute) for slot in entry.slots)
+        return any(m is not None and m._parameters.get(attribute) is entry.param for m, attribute in modules)
+
+    def _drop_aliases(self) -> None:
+        """Forget what was left for a client that edits state right after a replacement."""
+        for old, state in self._aliases:
+            if self.state.get(old) is state and self._table.of(old) is None:
+                del self.state[old]
+        self._aliases.clear()
 
     def _orphans(self) -> list[Tensor]:
         """Tensors that have state but are in no group."""
@@ -301,11 +343,10 @@ class Membership(torch.optim.Optimizer):
         """Know the models that were copied together with this optimizer."""
         if self._copied_from is None:
             return
-        memo, originals = self._copied_from
+        (memo, originals), self._copied_from = self._copied_from, None
         copies = [memo.get(id(model)) for reference in originals if (model := reference()) is not None]
         found = [model for model in copies if isinstance(model, nn.Module)]
         if found:
-            self._copied_from = None
             self._know_slots_of(found)
 
     def _know_slots_of(self, models: list[nn.Module]) -> None:

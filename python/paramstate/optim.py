@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import _core
 from .constraints import Box
 from .errors import UnsupportedError
-from .functional import adam_step
+from .functional import Undo, adam_step, gather
 from .host import MOMENTS, HostStep, initial_state
 from .identified import IdentifiedOptimizer
 from .membership import OnReplace
@@ -146,6 +147,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
+            self._settle_outside_the_graph()
             self._step_traced()
         else:
             with self._lock:
@@ -158,8 +160,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         if found_inf is not None and bool(found_inf != 0):
             return
         if self._needs_torch():
-            self._sync()
-            self._step_traced()
+            self._step_by_torch()
             return
         step = HostStep(self, self._max_grad_norm)
         step.run()
@@ -174,6 +175,25 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             or torch._C._functorch.maybe_current_level() is not None
         )
 
+    @_disable_dynamo
+    def _settle_outside_the_graph(self) -> None:
+        """The check of the models' slots, which ``torch.compile`` must not trace: it asks anew on each step."""
+        with self._lock:
+            self._settle(stepping=True)
+            self._sync()
+
+    def _step_by_torch(self) -> None:
+        self._sync()
+        undo = Undo(self.state)
+        for group in self.param_groups:
+            for param in group["params"]:
+                undo.remember_entry(param)
+        try:
+            self._step_traced()
+        except BaseException:
+            undo.restore()
+            raise
+
     def _step_traced(self) -> None:
         """The step that ``torch.compile``, tracing and ``differentiable`` can look into."""
         if self._max_grad_norm is not None:
@@ -186,8 +206,10 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
                 "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable; "
                 "call clip_(...) after step()"
             )
-        for group in self.param_groups:
-            adam_step(self, group, group["params"])
+        # All groups before the first write: torch refuses gradients and options here.
+        gathered = [gather(self, group, group["params"]) for group in self.param_groups]
+        for group, lists in zip(self.param_groups, gathered, strict=True):
+            adam_step(self, group, lists)
 
     def materialize_state(self) -> None:
         """Create the state of every parameter that requires a gradient and has none, without taking a step."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import UnknownParameterError, listed
+from .errors import AmbiguousNameError, UnknownParameterError, listed
 from .following import Following
 from .identity import Entry
 from .wrappers import Place, Tree
@@ -26,6 +26,8 @@ class RebindReport:
     """The value has another shape than the state: the ID is kept, the state starts afresh."""
     vanished: list[str] = field(default_factory=list)
     """Not in the model: dropped from the groups, with their state."""
+    unmatched: list[str] = field(default_factory=list)
+    """Nothing tells whether they belonged to this model: left as they are."""
     unmanaged: list[str] = field(default_factory=list)
     """Trainable parameters of the model that are in no group."""
     adopted: list[str] = field(default_factory=list)
@@ -35,12 +37,16 @@ class RebindReport:
 class Rebinding(Following):
     """The part of an optimizer that matches it with a model."""
 
-    def rebind(self, model: nn.Module, *, group: int | str | Mapping[str, Any] | None = None) -> RebindReport:
+    def rebind(
+        self, model: nn.Module, *, group: int | str | Mapping[str, Any] | None = None, label: str | None = None
+    ) -> RebindReport:
         """Match the parameters with those of ``model``: by object first, by canonical name then.
 
         Args:
             model: the model to train from now on. It takes the place of those known before; where an optimizer trains
                 several models, those whose parameters it does not touch stay known.
+            label: the name or number of the group whose parameters the model holds; needed only where several models of
+                the same parameter names are trained, and ``model`` shares no parameter with any of them.
             group: what adopts trainable parameters that are in no group: a group's number, its ``"name"``, or a
                 dict of options for a new group. By default they are only reported.
 
@@ -49,6 +55,7 @@ class Rebinding(Following):
 
         Raises:
             UnknownParameterError: ``group`` names no group. Nothing is changed then.
+            AmbiguousNameError: the model could stand for several known ones; give ``label``. Nothing is changed then.
 
         Example:
             >>> import torch
@@ -64,7 +71,7 @@ class Rebinding(Following):
         self._sync()
         report = RebindReport()
         tree = Tree(model).places
-        mine = self._entries_of(model, tree)
+        mine = self._entries_of(model, tree, label)
         self._forget_models_of(mine, model)
         _Matching(self, tree, mine, report).run()
         unmanaged = self._unmanaged(tree)
@@ -88,18 +95,42 @@ class Rebinding(Following):
         names = [str(candidate.get("name", number)) for number, candidate in enumerate(self.param_groups)]
         raise UnknownParameterError(f"no group {group!r}; the groups are {listed(names)}")
 
-    def _entries_of(self, model: nn.Module, tree: list[Place]) -> list[Entry]:
-        """The parameters that this rebinding decides about: all, but those of other models that are known."""
-        inside = {place.param for place in tree}
-        others = [known for known in self._slots.models if known is not model]
-        if len(others) + (model in self._slots.models) < 2:
-            return list(self._table)
-        paths = {place.path for place in tree}
-        return [
-            entry
-            for entry in self._table
-            if entry.param in inside or not entry.slots or any(slot.path in paths for slot in entry.slots)
+    def _entries_of(self, model: nn.Module, tree: list[Place], label: str | None) -> list[Entry]:
+        """The parameters that this rebinding decides about: all, but those of other models."""
+        if label is not None:
+            return [entry for entry in self._table if entry.label == label]
+        others: list[set[Tensor]] = [
+            {place.param for place in Tree(known).places} for known in self._slots.models if known is not model
         ]
+        others = [params for params in others if any(entry.param in params for entry in self._table)]
+        if not others:
+            return list(self._table)
+        inside = {place.param for place in tree}
+        replaced = [params for params in others if params & inside]
+        homeless = [entry for entry in self._table if not any(entry.param in params for params in others)]
+        if not replaced and not any(entry.param in inside or self._has_name_in(entry, tree) for entry in homeless):
+            replaced = self._namesakes(others, tree)
+        mine = [entry for entry in self._table if any(entry.param in params for params in replaced)]
+        return mine + homeless
+
+    def _has_name_in(self, entry: Entry, tree: list[Place]) -> bool:
+        names = {name.removeprefix(f"{entry.label}:") for name in self._table.names(entry)}
+        return any(place.path in names for place in tree)
+
+    def _namesakes(self, others: list[set[Tensor]], tree: list[Place]) -> list[set[Tensor]]:
+        """The known model that ``tree`` stands for, told by the names of its parameters."""
+        alike = [
+            params
+            for params in others
+            if any(entry.param in params and self._has_name_in(entry, tree) for entry in self._table)
+        ]
+        if len(alike) > 1:
+            labels = dict.fromkeys(entry.label for entry in self._table for params in alike if entry.param in params)
+            raise AmbiguousNameError(
+                f"the model could stand for any of several known ones, in the groups {listed(list(labels))}; give the "
+                "group's name or number as label="
+            )
+        return alike
 
     def _forget_models_of(self, mine: list[Entry], model: nn.Module) -> None:
         """Forget the models whose parameters are all decided about now, and know ``model``."""
@@ -108,7 +139,7 @@ class Rebinding(Following):
         self._slots.roots = [
             root
             for root in self._slots.roots
-            if (known := root()) is not None
+            if (known := root.module()) is not None
             and any(place.param in tracked and place.param not in decided for place in Tree(known).places)
         ]
         self._know(model)
@@ -175,13 +206,17 @@ class _Matching:
             if not fits:
                 self._optimizer.state.pop(entry.param)
             (self._report.kept if fits else self._report.reshaped).append(table.name(entry))
-        for entry in missing:
-            place = self._namesake(entry)
-            if place is None:
+        matched = {entry.label for entry, _ in present}
+        pairs = [(entry, self._namesake(entry)) for entry in missing]
+        matched |= {entry.label for entry, place in pairs if place is not None}
+        for entry, place in pairs:
+            if place is not None and table.of(place.param) is None:
+                self._match(entry, place)
+            elif entry.slots or (table.names(entry) and entry.label in matched):
                 self._report.vanished.append(table.name(entry))
                 self._optimizer._drop(entry)
             else:
-                self._match(entry, place)
+                self._report.unmatched.append(table.name(entry))
 
     def _namesake(self, entry: Entry) -> Place | None:
         names = self._optimizer._table.names(entry)

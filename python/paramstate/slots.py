@@ -45,11 +45,26 @@ class Findings:
         return bool(self.untied or self.displaced or self.vanished)
 
 
+@dataclass(slots=True)
+class Root:
+    """A model that an optimizer knows, held weakly, with the modules right below it."""
+
+    module: weakref.ref[nn.Module]
+    prefix: str
+    children: list[tuple[weakref.ref[nn.Module], str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, prefix: str = "") -> Root:
+        """The root for ``model``, whose canonical names begin with ``prefix``."""
+        links = [link for link in Tree(model, prefix=prefix).links if link.parent is model]
+        return cls(weakref.ref(model), prefix, [(weakref.ref(link.child), link.prefix) for link in links])
+
+
 class SlotTable:
     """The models that an optimizer knows, and the slots of its parameters in them."""
 
     def __init__(self) -> None:
-        self.roots: list[weakref.ref[nn.Module]] = []
+        self.roots: list[Root] = []
         self.dirty = False
         """Something happened that only an examination can judge."""
         self._links: list[tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]]] = []
@@ -58,18 +73,29 @@ class SlotTable:
     @property
     def models(self) -> list[nn.Module]:
         """The models that are still alive."""
-        return [model for root in self.roots if (model := root()) is not None]
+        return [model for root in self.roots if (model := root.module()) is not None]
 
     def add_root(self, model: nn.Module) -> None:
         """Know ``model`` from now on."""
         if all(model is not known for known in self.models):
-            self.roots.append(weakref.ref(model))
+            self.roots.append(Root.of(model))
 
     def forget_dead_models(self, table: IdentityTable) -> bool:
-        """Let go of models that nobody else holds, and of slots in them; returns whether there were any."""
+        """Let go of models that nobody else holds, and of slots in them; returns whether there were any.
+
+        What hung below such a model may live on (the model was a container made for the optimizer's sake): it is known
+        from then on in the model's place.
+        """
         if len(self.models) == len(self.roots):
             return False
-        self.roots = [root for root in self.roots if root() is not None]
+        living: list[Root] = []
+        for root in self.roots:
+            if root.module() is not None:
+                living.append(root)
+            else:
+                below = ((child(), prefix) for child, prefix in root.children)
+                living += [Root.of(child, prefix) for child, prefix in below if child is not None]
+        self.roots = living
         paths = {place.path for place in self.places()}
         for entry in table:
             if all(slot.module() is None and slot.path not in paths for slot in entry.slots):
@@ -77,9 +103,14 @@ class SlotTable:
         self.dirty = True
         return True
 
+    def trees(self, pending: Link | None = None) -> list[Tree]:
+        """A walk over each model that is still alive, as if ``pending`` had been assigned."""
+        known = ((root.module(), root.prefix) for root in self.roots)
+        return [Tree(model, pending, prefix) for model, prefix in known if model is not None]
+
     def places(self, pending: Link | None = None) -> list[Place]:
         """Every slot of the models that holds a parameter, as if ``pending`` had been assigned."""
-        return [place for model in self.models for place in Tree(model, pending).places]
+        return [place for tree in self.trees(pending) for place in tree.places]
 
     def settle(self, entry: Entry, places: Iterable[Place]) -> None:
         """Record that ``entry`` lives at ``places``."""
@@ -117,9 +148,9 @@ class SlotTable:
         modules = (slot.module() for entry in entries for slot in entry.slots)
         used = {id(module) for module in modules if module is not None}
         self._links = []
-        for model in self.models:
+        for tree in self.trees():
             # Children come after their parents in the walk, so going backwards sees a child's use first.
-            for link in reversed(Tree(model).links):
+            for link in reversed(tree.links):
                 if id(link.child) in used:
                     used.add(id(link.parent))
                     self._links.append((weakref.ref(link.parent), link.name, weakref.ref(link.child)))

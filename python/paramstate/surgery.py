@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import Box
-from .errors import StateShapeError
+from .errors import ConstraintError, StateShapeError
 from .identity import Entry
 from .membership import Key, Membership
 from .relayout import TensorMap, require_relayout
@@ -48,6 +48,7 @@ class Surgery(Membership):
 
         Raises:
             UnknownParameterError: ``which`` is not known.
+            ValueError: ``value`` is another parameter of this optimizer. Nothing is changed then.
             StateShapeError: the shape changes and ``state`` is ``"keep"``, or the map is no re-layout. Nothing is
                 changed then.
 
@@ -63,6 +64,7 @@ class Surgery(Membership):
         """
         entry = self._find(which)
         old, name = entry.param, self._table.name(entry)
+        self._require_untracked(entry, value)
         carried: dict[str, Any] = {}
         if callable(state):
             require_relayout(name, state, old.shape, value.shape)
@@ -76,7 +78,8 @@ class Surgery(Membership):
             )
         if value.shape == old.shape and not isinstance(value, nn.Parameter):
             with torch.no_grad():
-                old.copy_(value)
+                # A view of the parameter itself, as its transpose is, cannot be read while it is written.
+                old.copy_(value.clone() if _share_storage(value, old) else value)
         else:
             self._install(entry, value)
         if carried:
@@ -84,6 +87,16 @@ class Surgery(Membership):
         elif state == "reset":
             self.state.pop(entry.param, None)
         return entry.param
+
+    def _require_untracked(self, entry: Entry, value: Tensor) -> None:
+        """Refuse to let one tensor object stand for two parameters."""
+        other = self._table.of(value) if isinstance(value, nn.Parameter) else None
+        if other is not None and other is not entry:
+            name, taken = self._table.name(entry), self._table.name(other)
+            raise ValueError(
+                f"parameter {name!r} cannot be replaced by parameter {taken!r}, which this optimizer holds already; to "
+                f"copy the value give {taken!r}.detach(), to tie them assign it in the model and call opt.rebind(model)"
+            )
 
     def _carried(self, entry: Entry, carry: TensorMap) -> dict[str, Any]:
         held = self.state.get(entry.param) or {}
@@ -115,10 +128,17 @@ class Surgery(Membership):
 
         Raises:
             UnknownParameterError: one of them is not known. Nothing is declared then.
+            ConstraintError: one of them is complex. Nothing is declared then.
         """
         if not isinstance(constraint, Box):
             raise TypeError(f"a constraint must be a paramstate.Box, got {type(constraint).__name__}")
-        for entry in self._select(which):
+        entries = self._select(which)
+        for entry in entries:
+            if entry.param.is_complex():
+                raise ConstraintError(
+                    f"parameter {self._table.name(entry)!r} is complex, and complex numbers have no order; leave it out"
+                )
+        for entry in entries:
             self._constrained = True
             entry.constraint = constraint
             self._table.store.set_bounds(entry.id, constraint.min, constraint.max)
@@ -131,3 +151,28 @@ class Surgery(Membership):
             entry = self._table.of(param)
             if entry is not None and entry.constraint is not None:
                 param.clamp_(entry.constraint.min, entry.constraint.max)
+
+    def _project_idle(self, updated: Iterable[Tensor]) -> None:
+        """Apply declared constraints to parameters that a step did not update: a client may have given them values."""
+        if not self._constrained:
+            return
+        done = set(map(id, updated))
+        for entry in self._table:
+            if entry.constraint is not None and id(entry.param) not in done:
+                _project_if_outside(entry.param, entry.constraint)
+
+
+def _project_if_outside(param: Tensor, box: Box) -> None:
+    """Clamp where that changes something, so that the version counter of an idle parameter stays."""
+    if param.is_meta:
+        return
+    values = param.detach()
+    if bool((values.clamp(box.min, box.max) != values).logical_and(~values.isnan()).any()):
+        with torch.inference_mode():  # in which alone inference tensors may be written; others may be as well
+            param.clamp_(box.min, box.max)
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    if a.layout is not torch.strided or b.layout is not torch.strided:
+        return False
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)

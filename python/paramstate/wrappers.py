@@ -46,6 +46,8 @@ class Link(NamedTuple):
     parent: nn.Module
     name: str
     child: nn.Module
+    prefix: str = ""
+    """What the canonical names of the child's parameters begin with."""
 
 
 def _wrapper_types() -> list[tuple[type, str]]:
@@ -63,19 +65,20 @@ class Tree:
 
     Args:
         model: the root of the walk.
+        prefix: what all canonical names begin with.
         pending: an assignment that is about to happen, as ``(parent, name, child)``: the walk sees it as done.
 
     A module that is reached by several paths is visited along each, so that a tied parameter shows all its names; a
     path that leads back into itself is cut.
     """
 
-    def __init__(self, model: nn.Module, pending: Link | None = None) -> None:
+    def __init__(self, model: nn.Module, pending: Link | None = None, prefix: str = "") -> None:
         self.places: list[Place] = []
         self.links: list[Link] = []
         self._pending = pending
         self._wrappers = _wrapper_types()
         self._wrapped_by_type: dict[type, tuple[str, ...]] = {}
-        self._visit(model, "", set())
+        self._visit(model, prefix, set())
 
     def _visit(self, module: nn.Module, prefix: str, above: set[int]) -> None:
         for attribute, param in module._parameters.items():
@@ -85,8 +88,9 @@ class Tree:
         above = above | {id(module)}
         for name, child in self._children(module):
             if id(child) not in above:
-                self.links.append(Link(module, name, child))
-                self._visit(child, prefix if name in wrapped else f"{prefix}{name}.", above)
+                below = prefix if name in wrapped else f"{prefix}{name}."
+                self.links.append(Link(module, name, child, below))
+                self._visit(child, below, above)
 
     def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         pending = self._pending if self._pending is not None and self._pending.parent is module else None
