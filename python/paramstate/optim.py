@@ -17,6 +17,7 @@ from .functional import Undo, adam_step, gather
 from .host import MOMENTS, HostStep, initial_state
 from .identified import IdentifiedOptimizer
 from .membership import OnReplace
+from .torch_releases import check_graph_capture
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"paramstate needs torch 2.10 or later, found {torch.__version__}: pip install 'torch>=2.10'")
@@ -141,7 +142,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
 
         After an error values, moments and steps are as they were.
         """
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
