@@ -101,9 +101,10 @@ class Membership(torch.optim.Optimizer):
 
     def _know(self, model: nn.Module) -> list[Place]:
         """Know a model from now on; returns its slots."""
-        places = Tree(model).places
+        tree = Tree(model)
+        places = tree.places
         known = any(model is other for other in self._slots.models)
-        self._slots.add_root(model)
+        self._slots.add_root(model, tree)
         if self._index is not None and not known:
             for place in places:
                 self._index.setdefault(place.param, []).append(place)

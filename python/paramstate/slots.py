@@ -54,9 +54,9 @@ class Root:
     children: list[tuple[weakref.ref[nn.Module], str]]
 
     @classmethod
-    def of(cls, model: nn.Module, prefix: str = "") -> Root:
-        """The root for ``model``, whose canonical names begin with ``prefix``."""
-        links = [link for link in Tree(model, prefix=prefix).links if link.parent is model]
+    def of(cls, model: nn.Module, tree: Tree, prefix: str = "") -> Root:
+        """The root for ``model``, whose canonical names begin with ``prefix``; ``tree`` is the walk over it."""
+        links = [link for link in tree.links if link.parent is model]
         return cls(weakref.ref(model), prefix, [(weakref.ref(link.child), link.prefix) for link in links])
 
 
@@ -75,10 +75,10 @@ class SlotTable:
         """The models that are still alive."""
         return [model for root in self.roots if (model := root.module()) is not None]
 
-    def add_root(self, model: nn.Module) -> None:
-        """Know ``model`` from now on."""
+    def add_root(self, model: nn.Module, tree: Tree) -> None:
+        """Know ``model`` from now on; ``tree`` is the walk over it."""
         if all(model is not known for known in self.models):
-            self.roots.append(Root.of(model))
+            self.roots.append(Root.of(model, tree))
 
     def forget_dead_models(self, table: IdentityTable) -> bool:
         """Let go of models that nobody else holds, and of slots in them; returns whether there were any.
@@ -94,7 +94,7 @@ class SlotTable:
                 living.append(root)
             else:
                 below = ((child(), prefix) for child, prefix in root.children)
-                living += [Root.of(child, prefix) for child, prefix in below if child is not None]
+                living += [Root.of(m, Tree(m, prefix=prefix), prefix) for m, prefix in below if m is not None]
         self.roots = living
         paths = {place.path for place in self.places()}
         for entry in table:
