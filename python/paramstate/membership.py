@@ -99,23 +99,28 @@ class Membership(torch.optim.Optimizer):
         self._left = []
         self._under_construction = False
 
-    def _know(self, model: nn.Module) -> list[Place]:
-        """Know a model from now on; returns its slots."""
+    def _know(self, model: nn.Module) -> dict[Tensor, list[Place]]:
+        """Know a model from now on; returns its parameters with their slots."""
         tree = Tree(model)
-        places = tree.places
+        index: dict[Tensor, list[Place]] = {}
+        for place in tree.places:
+            index.setdefault(place.param, []).append(place)
         known = any(model is other for other in self._slots.models)
         self._slots.add_root(model, tree)
         if self._index is not None and not known:
-            for place in places:
-                self._index.setdefault(place.param, []).append(place)
-        return places
+            self._add_to_index(index)
+        return index
+
+    def _add_to_index(self, index: dict[Tensor, list[Place]]) -> None:
+        if not self._index:
+            self._index = index
+            return
+        for param, places in index.items():
+            self._index[param] = [*self._index.get(param, ()), *places]
 
     def _named_parameters(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         """The parameters of a model that was given in place of parameters, under their canonical names."""
-        names: dict[Tensor, str] = {}
-        for place in self._know(model):
-            names.setdefault(place.param, place.path)
-        return [(name, param) for param, name in names.items()]
+        return [(places[0].path, param) for param, places in self._know(model).items()]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as :meth:`torch.optim.Optimizer.add_param_group` does.
