@@ -163,17 +163,16 @@ class Membership(torch.optim.Optimizer):
             index.setdefault(place.param, []).append(place)
         return index
 
-    def _admit(self, position: int) -> None:
+    def _admit(self, position: int, index: dict[Tensor, list[Place]]) -> None:
         """Give the parameters of a group their IDs."""
         group = self.param_groups[position]
         new = [param for param in dict.fromkeys(group["params"]) if self._table.of(param) is None]
         if not new:
             return
         label = str(group.get("name", position))
-        places = self._place_index()
         given = dict(zip(group["params"], group.get("param_names", ()), strict=False))
         for param in new:
-            here = places.get(param, [])
+            here = index.get(param, [])
             names = [place.path for place in here] or ([given[param]] if param in given else [])
             entry = self._table.add(param, names, label)
             if here:
@@ -277,10 +276,11 @@ class Membership(torch.optim.Optimizer):
     def _enroll(self, groups: list[list[Tensor]]) -> None:
         current = {param for group in groups for param in group}
         gone = [entry for entry in self._table if entry.param not in current]
+        places = self._place_index() if any(self._table.of(param) is None for param in current) else {}
         for position, params in enumerate(groups):
             for index, param in enumerate(params):
                 if self._table.of(param) is None:
-                    partner = self._partner(position, index, gone)
+                    partner = self._partner(position, index, gone, places)
                     if partner is not None:
                         gone.remove(partner)
                         self._follow(partner, param)
@@ -289,21 +289,21 @@ class Membership(torch.optim.Optimizer):
                 self._slots.release(former)
                 self._table.forget(former)
         for position in range(len(groups)):
-            self._admit(position)
+            self._admit(position, places)
         ids = [[self._table.find(param).id for param in group] for group in groups]
         self._walk.enroll(groups, ids)
         self._roster = groups
         self._index = None
         self._watched = False
 
-    def _partner(self, position: int, index: int, gone: list[Entry]) -> Entry | None:
+    def _partner(self, position: int, index: int, gone: list[Entry], places: dict[Tensor, list[Place]]) -> Entry | None:
         """In whose place a client put a new object.
 
         In a model that is known its slot tells. Otherwise its place in the group does, but only where the client moved
         the state too, or changed nothing else in the group: a whole list of other parameters is just that.
         """
         params = self.param_groups[position]["params"]
-        paths = [place.path for place in self._place_index().get(params[index], [])]
+        paths = [place.path for place in places.get(params[index], [])]
         if paths:
             return next((entry for entry in gone if set(paths) & set(self._table.names(entry))), None)
         before = self._roster[position] if position < len(self._roster) else []
