@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
+OLDEST := .venv-oldest/.built
 
 # The first Python on PATH that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for candidate in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -24,7 +25,7 @@ export PYO3_PYTHON := $(CURDIR)/$(RUN)
 
 step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
 
-.PHONY: help demo test bench soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
+.PHONY: help demo test test-clients test-oldest test-oldest-contract bench soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -58,7 +59,7 @@ bench: $(BUILT) ## measure against torch; ROWS="step clip" picks rows
 
 # ---- checks
 
-test: lint test-rust test-python ## everything: formats, lints, types, stub, Rust and Python tests, documents' examples
+test: lint test-rust test-python test-clients test-oldest-contract ## everything: formats, lints, types, Rust and Python tests, frameworks, oldest torch
 	$(call step,all checks passed)
 
 lint: fmt clippy ruff mypy stub ## formats, lints, types and the stub
@@ -91,7 +92,24 @@ test-rust: $(DEPENDENCIES) ## the core's tests, documented examples included
 
 test-python: $(BUILT) ## pytest: tests, doctests, documents' examples
 	$(call step,pytest)
-	@$(RUN) -m pytest -q --ignore=tests/core/test_stub.py
+	@$(RUN) -m pytest -q --ignore=tests/core/test_stub.py --ignore=tests/clients
+
+test-clients: $(BUILT) ## the frameworks that drive an optimizer, on tiny models
+	$(call step,pytest of the frameworks)
+	@$(RUN) -m pytest -q tests/clients
+
+$(OLDEST): $(BUILT)
+	$(call step,environment of the oldest supported releases)
+	@$(PYTHON) scripts/prepare.py oldest
+	@touch $@
+
+test-oldest: $(OLDEST) ## the whole suite on the oldest supported torch, NumPy and Python
+	$(call step,pytest on the oldest supported releases)
+	@.venv-oldest/bin/python -m pytest -q tests --ignore=tests/core/test_stub.py --ignore=tests/clients
+
+test-oldest-contract: $(OLDEST) ## of it, what torch's users rely on
+	$(call step,pytest of the contract on the oldest supported releases)
+	@.venv-oldest/bin/python -m pytest -q tests/contract tests/core tests/test_step.py tests/test_promises.py --ignore=tests/core/test_stub.py
 
 soak: $(BUILT) ## ten minutes of the state machine of identity, new seeds all the time
 	$(call step,state machine for $(SOAK_SECONDS) seconds)
@@ -107,6 +125,6 @@ format: $(DEPENDENCIES) ## rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) .venv-uv target dist examples/output benches/results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-uv target dist examples/output benches/results .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,7 @@
 """Make the environment of the checkout: `prepare.py dependencies`, then `prepare.py build`.
 
+`prepare.py oldest` makes a second one, in which the wheel stands beside the oldest releases that are supported.
+
 Needs nothing but Python's standard library, since it runs before anything is installed. `make` calls it; both commands
 are safe to repeat.
 """
@@ -18,8 +20,12 @@ from pip_settings import as_uv_environment
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = "Scripts" if os.name == "nt" else "bin"
 VENV = ROOT / ".venv"
+OLDEST_VENV = ROOT / ".venv-oldest"
 PRIVATE_UV = ROOT / ".venv-uv"
+WHEELS = ROOT / "dist" / "oldest"
 OLDEST_PYTHON = (3, 10)
+OLDEST_RELEASES = ("torch==2.10.*", "numpy==2.0.*")
+WHEEL_TAG = "-cp310-abi3-"
 
 
 class MissingError(Exception):
@@ -120,7 +126,40 @@ def build() -> None:
     run(*install, "--no-deps", "--no-build-isolation", "--reinstall-package", "paramstate", "--editable", ".", env=env)
 
 
-COMMANDS = {"dependencies": dependencies, "build": build, "check-rust": check_rust}
+def oldest_python(uv: Path) -> str:
+    """The oldest supported Python if there is one on this machine, else the one that runs this script."""
+    wanted, own = ".".join(map(str, OLDEST_PYTHON)), f"{sys.version_info.major}.{sys.version_info.minor}"
+    # pyenv shows only the versions that it is told of; without it the variable means nothing.
+    for env in (None, {**os.environ, "PYENV_VERSION": f"{own}:{wanted}"}):
+        found = subprocess.run([uv, "python", "find", wanted], capture_output=True, text=True, check=False, env=env)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    print(f"no Python {wanted} here: its wheel is tried on {sys.version.split()[0]}", flush=True)
+    return sys.executable
+
+
+def wheel() -> Path:
+    """Build the wheel and check that its tag admits the oldest supported Python."""
+    check_rust()
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    run(VENV / SCRIPTS / "maturin", "build", "--release", "--out", WHEELS, env=environment())
+    (built,) = WHEELS.glob("*.whl")
+    if WHEEL_TAG not in built.name:
+        msg = f"{built.name} does not carry the tag {WHEEL_TAG.strip('-')}: it would not install on the oldest Python"
+        raise MissingError(msg)
+    return built
+
+
+def oldest() -> None:
+    """Make `.venv-oldest`: the wheel beside the oldest Python, torch and NumPy that are supported."""
+    uv = find_uv()
+    env = {**environment(), "VIRTUAL_ENV": str(OLDEST_VENV)}
+    python = OLDEST_VENV / SCRIPTS / "python"
+    run(uv, "venv", "--quiet", "--clear", "--python", oldest_python(uv), OLDEST_VENV, env=env)
+    run(uv, "pip", "install", "--python", python, wheel(), *OLDEST_RELEASES, "--group", "test", env=env)
+
+
+COMMANDS = {"dependencies": dependencies, "build": build, "check-rust": check_rust, "oldest": oldest}
 
 
 def main() -> None:
