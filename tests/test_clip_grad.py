@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -191,3 +193,12 @@ def test_max_grad_norm_of_a_gradient_that_is_not_a_number_gives_nan_as_in_torch(
 def test_a_max_grad_norm_that_means_nothing_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="max_grad_norm"):
         paramstate.Adam(Net(), max_grad_norm=bad)
+
+
+def test_gradients_are_clipped_in_a_process_that_has_made_no_optimizer() -> None:
+    code = (
+        "import torch, paramstate\n"
+        "p = torch.nn.Parameter(torch.zeros(2)); p.grad = torch.tensor([3.0, 4.0])\n"
+        "assert float(paramstate.clip_grad_norm_([p], 1.0)) == 5.0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -135,6 +135,7 @@ def test_a_group_made_of_saved_groups_with_other_options_is_refused_or_keeps_its
     report = fresh.load_state_dict(saved, strict=False)
     assert sorted(report.loaded) == sorted(fresh.ids)
     assert rates(fresh) == [0.1, 0.25]
+    assert report.kept_options == ["1"]
     assert_trains(net, fresh)
 
 
@@ -156,9 +157,11 @@ def test_another_number_of_groups_loads_by_name_when_not_strict() -> None:
     lr = torch.tensor(0.1)
     opt = grouped(net, ("first second", lr), foreach=False)
     fresh = grouped(net, ("third", 0.5), ("first", 0.25), ("second", 0.25))
+    fresh.param_groups[0]["name"] = "head"
     refused(fresh, net, opt.state_dict(), NUMBER)
     report = fresh.load_state_dict(opt.state_dict(), strict=False)
     assert sorted(report.missing) == ["third.bias", "third.weight"]
+    assert report.kept_options == ["head"]
     assert [float(rate) for rate in rates(fresh)] == [0.5, float(lr), float(lr)]
     assert fresh.param_groups[1]["lr"] is not fresh.param_groups[2]["lr"]
     assert fresh.param_groups[1]["lr"] is not lr
@@ -216,6 +219,8 @@ def test_names_that_two_groups_of_a_stock_file_share_are_told_apart(names: tuple
     report = fresh.load_state_dict(opt.state_dict())
     assert report.matched_by == "name"
     assert sorted(report.loaded) == sorted(fresh.ids)
+    assert report.by_group == ([] if names[:1] == ("generator",) else list(fresh.ids))
+    assert report.kept_options == []
     for model in models:
         for parameter in model.parameters():
             assert torch.equal(fresh.state[parameter]["exp_avg"], opt.state[parameter]["exp_avg"])
@@ -230,6 +235,47 @@ def test_named_groups_of_a_stock_file_are_found_in_another_order() -> None:
     fresh.load_state_dict(opt.state_dict())
     assert torch.equal(fresh.state[one.weight]["exp_avg"], opt.state[one.weight]["exp_avg"])
     assert [group["name"] for group in fresh.param_groups] == ["two", "one"]
+
+
+@pytest.mark.parametrize("named", ["theirs", "ours"])
+def test_the_number_tells_groups_of_which_one_side_does_not_know_the_names(named: str) -> None:
+    models = Layer(), Layer(("bias", "weight"))
+    opt = two_models(torch.optim.Adam, *models, names=("generator", "critic") if named == "theirs" else ())
+    opt.param_groups[1]["lr"] = 0.5
+    for model in models:
+        train(model, opt, range(3))
+    fresh = two_models(paramstate.Adam, *models, names=("generator", "critic") if named == "ours" else ())
+    refused(fresh, models[0], opt.state_dict(), r"0:|generator:", strict_names=True)
+    report = fresh.load_state_dict(opt.state_dict())
+    assert report.matched_by == "name"
+    assert report.loaded == report.by_group == list(fresh.ids)
+    assert rates(fresh) == [0.001, 0.5]
+    assert [group.get("name") for group in fresh.param_groups] == ["generator", "critic"]
+    for model in models:
+        for parameter in model.parameters():
+            assert torch.equal(fresh.state[parameter]["exp_avg"], opt.state[parameter]["exp_avg"])
+
+
+def test_groups_that_are_called_otherwise_or_are_of_another_number_are_not_one_anothers() -> None:
+    one, two, three = Layer(), Layer(), Layer()
+    saved = two_models(torch.optim.Adam, one, two, names=("one", "two")).state_dict()
+    other = two_models(paramstate.Adam, one, two, names=("generator", "critic"))
+    refused(other, one, saved, "missing in the state dict: 'generator:weight'")
+    assert other.load_state_dict(saved, strict=False).loaded == []
+    more = two_models(paramstate.Adam, one, two, three)
+    report = more.load_state_dict(saved, strict=False)
+    assert report.loaded == report.by_group == []
+    assert report.kept_options == ["0", "1", "2"]
+
+
+def test_a_name_that_one_group_holds_twice_is_not_told_by_the_groups_number() -> None:
+    one, two = Layer(), Layer()
+    groups = [{"params": [("weight", one.weight), ("weight", two.weight)]}, {"params": [("weight", one.bias)]}]
+    saved = torch.optim.Adam(copy.deepcopy(groups)).state_dict()
+    fresh = paramstate.Adam([{**group, "name": name} for group, name in zip(groups, "ab", strict=True)])
+    report = fresh.load_state_dict(saved, strict=False)
+    assert report.loaded == report.by_group == ["b:weight"]
+    assert report.unexpected == ["0:weight", "0:weight#2"]
 
 
 def test_a_bare_name_is_not_taken_for_one_of_two_that_share_it() -> None:

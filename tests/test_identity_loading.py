@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import paramstate
-from small_models import Layer, Net, assert_same_bits, set_gradients, state_by_name, train
+from small_models import Layer, Net, assert_same_bits, state_by_name, train
 
 ORDER = ("first", "second", "third")
 
@@ -156,17 +156,6 @@ def test_a_file_of_torchs_named_optimizer_is_matched_by_name() -> None:
         assert torch.equal(fresh.state[parameter]["exp_avg"], opt.state[dict(net.named_parameters())[name]]["exp_avg"])
 
 
-def test_torch_loads_what_this_library_saved() -> None:
-    net, opt = trained()
-    other = copy.deepcopy(net)
-    stock = torch.optim.AdamW(other.parameters())
-    stock.load_state_dict(saved_and_loaded(opt.state_dict()))
-    train(other, stock, [10])
-    train(net, opt, [10])
-    for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_extra_layer_load() -> None:
     """The file holds a layer that the model has no more."""
     _net, opt = trained()
@@ -202,13 +191,6 @@ def test_load_with_a_map_of_names() -> None:
     assert sorted(report.loaded) == sorted(fresh.ids)
     assert torch.equal(fresh.state_of("renamed.weight")["exp_avg"], opt.state_of("second.weight")["exp_avg"])
     assert fresh.ids["renamed.weight"] == opt.ids["second.weight"]
-
-
-def test_another_number_of_groups_begins_with_torchs_text() -> None:
-    net, opt = trained()
-    fresh = paramstate.AdamW([{"params": net.first.parameters()}, {"params": net.second.parameters()}])
-    message = unchanged_by_error(fresh, net, opt.state_dict(), match="loaded state dict has a different number of")
-    assert message.startswith("loaded state dict has a different number of parameter groups")
 
 
 def test_bf16_params_fp32_state_load() -> None:
@@ -276,40 +258,3 @@ def test_a_state_dict_carries_names_and_ids_in_one_key_of_its_own() -> None:
     assert [names[0] for names in saved["paramstate"]["names"]] == [name for name, _ in net.named_parameters()]
     assert saved["paramstate"]["ids"] == [opt.id_of(p) for p in net.parameters()]
     assert saved["state"][0]["exp_avg"] is opt.state[net.first.weight]["exp_avg"], "live references, as torch gives"
-
-
-def test_old_checkpoints_with_a_number_as_step_and_without_newer_keys_load() -> None:
-    net, opt = trained()
-    saved = copy.deepcopy(opt.state_dict())
-    for state in saved["state"].values():
-        state["step"] = int(state["step"])
-    for group in saved["param_groups"]:
-        for key in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
-            del group[key]
-    other = copy.deepcopy(net)
-    fresh = paramstate.AdamW(other)
-    fresh.load_state_dict(saved)
-    assert torch.is_tensor(fresh.state[other.first.weight]["step"])
-    for model, optimizer in ((net, opt), (other, fresh)):
-        train(model, optimizer, [10])
-    for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_load_post_hooks_see_the_loaded_state() -> None:
-    net, opt = trained()
-    fresh = paramstate.AdamW(copy.deepcopy(net))
-    seen = []
-    fresh.register_load_state_dict_post_hook(lambda optimizer: seen.append(len(optimizer.state)))
-    fresh.load_state_dict(state_dict=opt.state_dict())
-    assert seen == [6]
-
-
-def test_state_under_a_key_that_is_no_tensor_round_trips() -> None:
-    net, opt = trained()
-    opt.state["global"] = {"tag": 3}
-    fresh = paramstate.AdamW(copy.deepcopy(net))
-    fresh.load_state_dict(saved_and_loaded(opt.state_dict()))
-    assert fresh.state["global"] == {"tag": 3}
-    set_gradients(net, 4)
-    opt.step()

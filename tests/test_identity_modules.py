@@ -1,4 +1,4 @@
-"""scenarios.md, section A: modules that are replaced, moved, re-parametrised or wrapped."""
+"""scenarios.md, section A: modules that are replaced, moved or re-parametrised."""
 
 from __future__ import annotations
 
@@ -29,13 +29,6 @@ def train_by_forward(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -
         opt.zero_grad()
         model(X).square().sum().backward()
         opt.step()
-
-
-def stayed(steps: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The same training with nothing done to the modules."""
-    net, opt = trained()
-    train_by_forward(net, opt, steps)
-    return state_by_name(net, opt)
 
 
 def test_replace_module_with_a_deep_copy() -> None:
@@ -91,6 +84,20 @@ def test_a_removed_layer_is_raised_by_step_and_dropped_by_rebind() -> None:
     train(net, opt, [10])
     with pytest.raises(paramstate.UnknownParameterError, match=r"second\.weight"):
         opt.id_of("second.weight")
+
+
+def test_a_layer_that_takes_the_place_of_a_removed_one_takes_its_name() -> None:
+    net, opt = trained()
+    moved = opt.id_of(net.third.weight)
+    net.second = net.third
+    del net.third
+    report = opt.rebind(net)
+    assert sorted(report.vanished) == ["second.bias", "second.weight"]
+    assert sorted(report.kept) == ["first.bias", "first.weight", "second.bias", "second.weight"]
+    assert opt.name_of(net.second.weight) == "second.weight"
+    assert opt.ids["second.weight"] == moved
+    assert set(opt.ids) == set(paramstate.canonical_names(net))
+    assert_trains(net, opt)
 
 
 class Adapted(nn.Module):
@@ -194,57 +201,3 @@ def test_add_group_bare() -> None:
     assert sorted(opt.ids) == ["first.bias", "first.weight", "second.bias", "second.weight"]
     train(nn.ModuleDict({"first": net.first, "second": net.second}), opt, range(2))
     assert float(opt.state_of("second.weight")["step"]) == 2
-
-
-def test_wrap_data_parallel() -> None:
-    net, opt = trained()
-    with_wrapper(net, opt, nn.DataParallel(net))
-
-
-def test_wrap_compile() -> None:
-    torch._dynamo.reset()
-    net, opt = trained()
-    with_wrapper(net, opt, torch.compile(net, backend="eager"))
-
-
-def test_wrap_both_in_one_another() -> None:
-    torch._dynamo.reset()
-    net, opt = trained()
-    with_wrapper(net, opt, torch.compile(nn.DataParallel(net), backend="eager"))
-
-
-def with_wrapper(net: Net, opt: paramstate.Adam, wrapper: nn.Module) -> None:
-    """Wrapped and unwrapped in mid-training: the names, the IDs and the numbers are those of staying."""
-    ids = dict(opt.ids)
-    train_by_forward(wrapper, opt, 2)
-    report = opt.rebind(wrapper)
-    assert sorted(report.kept) == sorted(ids)
-    assert not report.vanished
-    assert not report.unmanaged
-    assert opt.ids == ids
-    assert paramstate.canonical_names(wrapper).keys() == ids.keys()
-    train_by_forward(wrapper, opt, 1)
-    opt.rebind(net)
-    assert opt.ids == ids
-    train_by_forward(net, opt, 1)
-    assert_same_bits(state_by_name(net, opt), stayed(4))
-
-
-def test_wrap_from_the_start_gives_the_same_ids() -> None:
-    net = Net()
-    plain = paramstate.AdamW(net)
-    assert paramstate.AdamW(nn.DataParallel(net)).ids == plain.ids
-    assert paramstate.AdamW(torch.compile(net, backend="eager")).ids == plain.ids
-    assert paramstate.AdamW(nn.DataParallel(net).named_parameters(), model=nn.DataParallel(net)).ids == plain.ids
-
-
-def test_wrappers_are_told_by_type_and_a_users_own_module_keeps_its_name() -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = Layer()
-            self._orig_mod = Layer()
-
-    assert sorted(paramstate.AdamW(Holder()).ids) == [
-        "_orig_mod.bias", "_orig_mod.weight", "module.bias", "module.weight",
-    ]  # fmt: skip

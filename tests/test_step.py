@@ -115,29 +115,6 @@ def test_weight_decay_zero_leaves_an_infinite_value_out_of_the_gradient() -> Non
     assert torch.isfinite(opt.state[parameter]["exp_avg"]).all()
 
 
-@pytest.mark.parametrize("name", sorted(PAIRS))
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "rtol", "atol"),
-    [
-        (torch.float64, 1e-7, 1e-7),
-        (torch.float32, 1.3e-6, 1e-5),
-        (torch.bfloat16, 5e-3, 5e-3),
-        (torch.float16, 5e-3, 5e-3),
-    ],
-)
-def test_every_dtype_is_torchs_fused(name: str, amsgrad: bool, dtype: torch.dtype, rtol: float, atol: float) -> None:
-    value = torch.randn(5, 7).to(dtype)
-    a, b = nn.Parameter(value.clone()), nn.Parameter(value.clone())
-    ours = PAIRS[name][0]([a], amsgrad=amsgrad, weight_decay=0.1)
-    theirs = PAIRS[name][1]([b], amsgrad=amsgrad, weight_decay=0.1, fused=True)
-    step_both(ours, theirs, a, b, 7, dtype)
-    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
-    for key, moment in ours.state[a].items():
-        assert moment.dtype == (torch.float32 if key == "step" else dtype)
-        torch.testing.assert_close(moment, theirs.state[b][key], rtol=rtol, atol=atol)
-
-
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import paramstate
 from reference import same_bits
-from small_models import Net, set_gradients
 
 SPARSE = "Adam does not support sparse gradients, please consider SparseAdam"
 FUSED = "requires all the params to be floating point Tensors of supported devices"
@@ -192,47 +191,3 @@ def test_the_norm_that_clips_elsewhere_is_the_one_of_all_gradients() -> None:
     assert norm == pytest.approx((4 * 8 * 4) ** 0.5)
     for param in params:
         torch.testing.assert_close(opt.state[param]["exp_avg"], torch.full_like(param, 0.1 * 2.0 * 0.5 / norm).detach())
-
-
-def compiled(net: nn.Module) -> tuple[paramstate.AdamW, Callable[[], Any]]:
-    torch._dynamo.reset()
-    opt = paramstate.AdamW(net, lr=0.1)
-    return opt, torch.compile(opt.step, backend="eager")
-
-
-def replace_unseen_and_step(model: Net, opt: paramstate.AdamW, step: Callable[[], Any]) -> None:
-    """Only the step itself can notice: no hook sees the replacement, and ``zero_grad`` is called before it."""
-    opt.zero_grad()
-    state = opt.state_of("first.weight")
-    model.first._parameters["weight"] = nn.Parameter(torch.ones(2, 3))
-    step()
-    assert opt.state[model.first.weight] is state
-
-
-def test_a_compiled_step_follows_a_replaced_parameter_and_gives_the_eager_numbers() -> None:
-    net, twin = Net(), Net()
-    twin.load_state_dict(net.state_dict())
-    opt, step = compiled(net)
-    other = paramstate.AdamW(twin, lr=0.1)
-    for seed in range(4):
-        for model, stepper, take in ((net, opt, step), (twin, other, other.step)):
-            if seed == 2:
-                replace_unseen_and_step(model, stepper, take)
-            set_gradients(model, seed)
-            take()
-    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert not torch.equal(net.first.weight.detach(), torch.ones(2, 3))
-    assert float(opt.state_of("first.weight")["step"]) == 4
-
-
-def test_a_compiled_step_raises_for_a_parameter_that_left_the_model() -> None:
-    net = Net()
-    _opt, step = compiled(net)
-    set_gradients(net, 0)
-    step()
-    before = net.second.weight.detach().clone()
-    del net.first.weight
-    with pytest.raises(paramstate.ReplacedParameterError, match=r"first\.weight"):
-        step()
-    assert torch.equal(net.second.weight.detach(), before)

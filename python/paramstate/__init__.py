@@ -12,21 +12,32 @@ from ._core import Store as Store
 from .errors import (
     AmbiguousNameError as AmbiguousNameError,
     ConstraintError as ConstraintError,
+    EditError as EditError,
     LoadError as LoadError,
     OverlapError as OverlapError,
     ParamStateError as ParamStateError,
     ReplacedParameterError as ReplacedParameterError,
+    RowIndexError as RowIndexError,
+    SelectionError as SelectionError,
     StateShapeError as StateShapeError,
     UnknownParameterError as UnknownParameterError,
     UnsupportedError as UnsupportedError,
 )
 
 if TYPE_CHECKING:
+    from .backbones import base_model as base_model, base_models as base_models
     from .clip import clip_ as clip_, clip_grad_norm_ as clip_grad_norm_, clip_grad_value_ as clip_grad_value_
-    from .constraints import Box as Box, NonNegative as NonNegative
+    from .comparison import DiffReport as DiffReport, diff as diff
+    from .constraints import Box as Box, Constraint as Constraint, NonNegative as NonNegative
+    from .diagnosis import Diagnosis as Diagnosis, doctor as doctor
+    from .editing import EditSession as EditSession, edit as edit
     from .matching import LoadReport as LoadReport
+    from .norm_constraints import MaxNorm as MaxNorm, UnitNorm as UnitNorm
     from .optim import Adam as Adam, AdamW as AdamW
+    from .projections import Projection as Projection
     from .rebinding import RebindReport as RebindReport
+    from .row_edits import EditRows as EditRows
+    from .selection import Selection as Selection, select as select
     from .wrappers import canonical_names as canonical_names
 
 __version__ = "0.1.0"
@@ -35,13 +46,28 @@ _HOME = {
     "Adam": "optim",
     "AdamW": "optim",
     "Box": "constraints",
+    "Constraint": "constraints",
+    "Diagnosis": "diagnosis",
+    "DiffReport": "comparison",
+    "EditRows": "row_edits",
+    "EditSession": "editing",
     "LoadReport": "matching",
+    "MaxNorm": "norm_constraints",
     "NonNegative": "constraints",
+    "Projection": "projections",
     "RebindReport": "rebinding",
+    "UnitNorm": "norm_constraints",
+    "Selection": "selection",
+    "base_model": "backbones",
+    "base_models": "backbones",
     "canonical_names": "wrappers",
     "clip_": "clip",
     "clip_grad_norm_": "clip",
     "clip_grad_value_": "clip",
+    "diff": "comparison",
+    "doctor": "diagnosis",
+    "edit": "editing",
+    "select": "selection",
 }
 
 __all__ = [
@@ -49,22 +75,40 @@ __all__ = [
     "AdamW",
     "AmbiguousNameError",
     "Box",
+    "Constraint",
     "ConstraintError",
+    "Diagnosis",
+    "DiffReport",
+    "EditError",
+    "EditRows",
+    "EditSession",
     "LoadError",
     "LoadReport",
+    "MaxNorm",
     "NonNegative",
     "OverlapError",
     "ParamStateError",
+    "Projection",
     "RebindReport",
     "ReplacedParameterError",
+    "RowIndexError",
+    "Selection",
+    "SelectionError",
     "StateShapeError",
     "Store",
+    "UnitNorm",
     "UnknownParameterError",
     "UnsupportedError",
+    "base_model",
+    "base_models",
     "canonical_names",
     "clip_",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "diff",
+    "doctor",
+    "edit",
+    "select",
 ]
 
 

@@ -63,6 +63,21 @@ class Store:
 class Walk:
     def __new__(cls, store: Store) -> Walk: ...
     def enroll(self, params: list[list[Any]], ids: list[list[int]]) -> None: ...
+    def declare(
+        self,
+        id: int,
+        *,
+        frozen: bool = False,
+        dim: int = 0,
+        offsets: Any | None = None,
+        frozen_rows: Any | None = None,
+        min: Any | None = None,
+        max: Any | None = None,
+        count_at_bound: bool = False,
+        zero_at_bound: bool = False,
+        norm: tuple[str, float, list[int] | None] | None = None,
+    ) -> None: ...
+    def declared(self) -> list[int]: ...
     def step(
         self,
         params: list[list[Any]],
@@ -73,6 +88,7 @@ class Walk:
         max_grad_norm: float | None,
         grad_scale: float | None,
         elsewhere_squares: float | None,
+        rows: list[tuple[int, Any]] | None = None,
     ) -> Outcome: ...
     def refresh(self, state: dict[Any, Any]) -> bool: ...
     def watch(
@@ -100,6 +116,8 @@ class Outcome:
     def written_grads(self) -> list[Any]: ...
     @property
     def grad_norm(self) -> float | None: ...
+    @property
+    def at_bound(self) -> list[tuple[int, int, int]]: ...
 
 @final
 class Problem:

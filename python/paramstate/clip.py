@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .constraints import Box
+from .bounds import Bound, broadcast_bound, require_ordered
+from .constraints import Constraint
 from .errors import ConstraintError
 from .hooks import listeners
+from .identity import Entry
 from .membership import Membership
-
-Bound = float | Tensor | None
+from .projections import Projection
+from .versions import own_writes
 
 
 @overload
@@ -51,88 +53,51 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         >>> clip_(weight, lambda values: values.clamp(max=values.mean())).tolist()
         [-1.0, 0.1666666716337204, 0.1666666716337204]
     """
-    if callable(min):
-        return _clip_by_function(param, min)
-    if min is None and max is None:
-        declared = _declared(param)
-        min, max = declared.min, declared.max
-    low, high = _bound(param, "min", min), _bound(param, "max", max)
+    if callable(min) or (min is None and max is None):
+        constraint = Projection(min) if callable(min) else _declared(param)
+        with torch.no_grad(), own_writes(_entries(param)):
+            constraint.project_(param, str(_Called(param)))
+        return param
+    called = _Called(param)
+    low, high = broadcast_bound(param, called, "min", min), broadcast_bound(param, called, "max", max)
     if low is not None and high is not None:
-        _require_ordered(param, low, high)
-    with torch.no_grad():
+        require_ordered(called, low, high)
+    with torch.no_grad(), own_writes(_entries(param)):
         param.clamp_(low, high)
     return param
 
 
-def _clip_by_function(param: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    with torch.no_grad():
-        values = function(param.detach().clone())
-        if not isinstance(values, Tensor) or values.shape != param.shape:
-            got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ConstraintError(
-                f"{_called(param)}: the function must return a tensor of shape {list(param.shape)}, got {got}"
-            )
-        param.copy_(values)
-    return param
+def _entries(param: Tensor) -> list[Entry]:
+    """What the optimizers that know the parameter keep about it."""
+    known = (optimizer._table.of(param) for optimizer in listeners() if isinstance(optimizer, Membership))
+    return [entry for entry in known if entry is not None]
 
 
-def _declared(param: Tensor) -> Box:
+def _declared(param: Tensor) -> Constraint:
     for optimizer in listeners():
         if isinstance(optimizer, Membership):
             entry = optimizer._entry(param)
             if entry is not None and entry.constraint is not None:
                 return entry.constraint
     raise ConstraintError(
-        f"{_called(param)}: no bound is given and no optimizer declared a constraint for it; give min, max or a "
+        f"{_Called(param)}: no bound is given and no optimizer declared a constraint for it; give min, max or a "
         "function, or declare one with opt.constrain(...)"
     )
 
 
-def _called(param: Tensor) -> str:
-    """How a message names a parameter: by the name that its optimizer knows, else by its shape."""
-    for optimizer in listeners():
-        if isinstance(optimizer, Membership):
-            entry = optimizer._entry(param)
-            if entry is not None:
-                return f"parameter {optimizer._table.name(entry)!r}"
-    return f"parameter of shape {list(param.shape)}"
+class _Called:
+    """How a message names a parameter: by the name that its optimizer knows, else by its shape; found when printed."""
 
+    def __init__(self, param: Tensor) -> None:
+        self._param = param
 
-def _bound(param: Tensor, label: str, bound: Bound) -> Tensor | None:
-    """A bound as a tensor that broadcasts to the parameter."""
-    if bound is None:
-        return None
-    # A number is as exact as float64: torch's default dtype, through which it would go otherwise, may be less.
-    dtype = torch.float64 if isinstance(bound, (int, float)) else None
-    tensor = torch.as_tensor(bound, dtype=dtype).detach().to(param.dtype).to(param.device)
-    try:
-        shape = torch.broadcast_shapes(tensor.shape, param.shape)
-    except RuntimeError:
-        shape = None
-    if shape != param.shape:
-        raise ConstraintError(
-            f"{_called(param)}: {label} has shape {list(tensor.shape)}, which does not broadcast to {list(param.shape)}"
-        )
-    invalid = tensor.isnan()
-    if bool(invalid.any()):
-        raise ConstraintError(f"{_called(param)}: {label} is nan{_at(invalid)}")
-    return tensor
-
-
-def _require_ordered(param: Tensor, low: Tensor, high: Tensor) -> None:
-    reversed_ = low > high
-    if bool(reversed_.any()):
-        first = _first(reversed_)
-        below, above = torch.broadcast_to(low, reversed_.shape)[first], torch.broadcast_to(high, reversed_.shape)[first]
-        raise ConstraintError(f"{_called(param)}: min {below.item()} is above max {above.item()}{_at(reversed_)}")
-
-
-def _first(mask: Tensor) -> tuple[int, ...]:
-    return tuple(mask.nonzero()[0].tolist())
-
-
-def _at(mask: Tensor) -> str:
-    return f" at index {list(_first(mask))}" if mask.dim() else ""
+    def __str__(self) -> str:
+        for optimizer in listeners():
+            if isinstance(optimizer, Membership):
+                entry = optimizer._entry(self._param)
+                if entry is not None:
+                    return f"parameter {optimizer._table.name(entry)!r}"
+        return f"parameter of shape {list(self._param.shape)}"
 
 
 def clip_grad_norm_(

@@ -1,4 +1,4 @@
-"""Deep copies and pickles of an optimizer: identity goes along, models do not.
+"""Deep copies and pickles of an optimizer: identity and public attributes go along, models do not.
 
 Modules are held weakly and never pickled: an optimizer must pickle where the model does not.
 """
@@ -12,6 +12,11 @@ from typing import Any
 from . import _core
 from .following import Following
 from .hooks import listen
+from .identity import TRAITS
+from .selected_groups import portable
+
+_LENT = ("grad_scale", "found_inf")
+"""What a gradient scaler puts on an optimizer for the time of one step."""
 
 
 class Copying(Following):
@@ -22,26 +27,37 @@ class Copying(Following):
         identity = {
             "on_replace": self._on_replace,
             "entries": [
-                (entry.id, entry.param, entry.label, self._table.names(entry), entry.constraint)
+                (entry.id, entry.param, entry.label, self._table.names(entry), {k: getattr(entry, k) for k in TRAITS})
                 for entry in self._table
             ],
             "ambiguous": self._table.ambiguous,
+            "selected": portable(self),
         }
-        return {**super().__getstate__(), "_identity": identity}
+        return {**self._public_attributes(), **super().__getstate__(), "_identity": identity}
+
+    def _public_attributes(self) -> dict[str, Any]:
+        """Those of the instance, but for a method that was wrapped: a copy's would step the original."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (name.startswith("_") or name in _LENT or callable(getattr(type(self), name, None)))
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_identity" in state:
             identity = state["_identity"]
             state = {key: value for key, value in state.items() if key != "_identity"}
-            self._on_replace = identity["on_replace"]
             self._make_tables(_core.Store())
-            for id, param, label, names, constraint in identity["entries"]:
+            self._on_replace = identity["on_replace"]
+            for id, param, label, names, traits in identity["entries"]:
                 entry = self._table.add(param, names, label, id)
-                entry.constraint = constraint
-                if constraint is not None:
-                    self._constrained = True
-                    self._table.store.set_bounds(id, constraint.min, constraint.max)
+                for trait, value in traits.items():
+                    setattr(entry, trait, value)
+                self._traits_changed(entry)
             self._table.ambiguous = identity["ambiguous"]
+            self._selected = list(identity["selected"])
+        elif "_table" not in self.__dict__:  # what torch's class pickled
+            self._make_tables(_core.Store())
         super().__setstate__(state)
         listen(self)
 
@@ -50,5 +66,6 @@ class Copying(Following):
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         # A model that is copied in the same call, before or after, is found in the memo when the copy is first used.
+        twin._selected = list(self._selected)
         twin._copied_from = (memo, [weakref.ref(model) for model in self._slots.models])
         return twin

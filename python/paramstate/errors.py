@@ -29,8 +29,20 @@ class LoadError(ParamStateError, ValueError):
     """A state dict does not fit the optimizer. Nothing was changed."""
 
 
+class SelectionError(ParamStateError, ValueError):
+    """A selection that holds a tied parameter by half, or two that claim the same parameter."""
+
+
 class ConstraintError(ParamStateError, ValueError):
     """Bounds that cannot hold: reversed, not a number, of a shape that does not broadcast, or absent."""
+
+
+class RowIndexError(ParamStateError, IndexError):
+    """Rows that a parameter does not have."""
+
+
+class EditError(ParamStateError, RuntimeError):
+    """An edit session was asked for what it cannot do now: undo without a step back, or work while it is closed."""
 
 
 class UnsupportedError(ParamStateError, RuntimeError):
@@ -49,7 +61,7 @@ class UnknownParameterError(_NameError):
 
 
 class AmbiguousNameError(_NameError):
-    """A bare name that several parameters of the optimizer share."""
+    """A name that stands for several: a bare one that parameters share, or "the" base model where there are more."""
 
 
 def listed(names: Sequence[str], limit: int = 8) -> str:

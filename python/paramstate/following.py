@@ -9,6 +9,7 @@ from .hooks import listen
 from .identity import Entry, Slot
 from .membership import Membership
 from .slots import Findings
+from .tables import Alias
 from .wrappers import Link, Place, Tree
 
 
@@ -51,12 +52,12 @@ class Following(Membership):
         A client that edits groups and state itself may come right after it and look under the old tensor: until the
         next look at the groups the state stands there as well.
         """
-        old = entry.param
+        old, own = entry.param, new.grad
         self._follow(entry, new, places)
         state = self.state.get(new)
         if state:
             self.state[old] = state
-            self._aliases.append((old, state))
+            self._aliases.append(Alias(old, new, state, new.grad if own is None else None))
         if not entry.slots:
             self._left.append((entry, old, old.grad))
 

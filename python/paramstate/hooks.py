@@ -7,9 +7,10 @@ registered once, with the first optimizer, and hold optimizers weakly.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -22,6 +23,7 @@ class Listener(Protocol):
     def _on_parameter(self, module: nn.Module, attribute: str, new: nn.Parameter) -> None: ...
 
     def _on_module(self, parent: nn.Module, name: str, child: nn.Module) -> None: ...
+    def _forget_versions(self, params: Iterable[Tensor]) -> None: ...
 
 
 _listeners: weakref.WeakSet[Listener] = weakref.WeakSet()

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ._core import Store
-from .constraints import Box
+from .constraints import Constraint
 from .errors import AmbiguousNameError, UnknownParameterError, listed
+from .rows import Rows
+from .versions import Baseline
 from .wrappers import Place
 
 
@@ -48,7 +50,18 @@ class Entry:
     label: str
     """The name or number of the group that it came with: qualifies a name that two groups use."""
     slots: list[Slot] = field(default_factory=list)
-    constraint: Box | None = None
+    constraint: Constraint | None = None
+    frozen: bool = False
+    trained: bool | None = None
+    """``requires_grad`` before it was frozen; ``None`` where freezing left that alone."""
+    rows: Rows | None = None
+    """What differs between its rows; ``None`` where nothing does."""
+    baseline: Baseline | None = None
+    """The version of the tensor when its moments began; ``None`` where that is not known."""
+
+
+TRAITS = ("constraint", "frozen", "trained", "rows")
+"""What is declared for a parameter: the fields of an entry that copies and files carry along."""
 
 
 class IdentityTable:
@@ -94,6 +107,11 @@ class IdentityTable:
     def ids(self) -> dict[str, int]:
         """Every name to its ID."""
         return {name: id for name, id in self.store.ids().items() if id in self._entries}
+
+    def is_name(self, name: str) -> bool:
+        """Whether ``name`` is what a parameter is called, be it by several."""
+        known = name in self.store and self.store.id(name) in self._entries
+        return known or name in self.ambiguous
 
     def find(self, key: Tensor | str) -> Entry:
         """The entry that a parameter or a name stands for.
@@ -171,6 +189,7 @@ class IdentityTable:
         """Let ``new`` stand for the entry from now on."""
         self._by_param.pop(entry.param, None)
         entry.param = new
+        entry.baseline = None  # another object counts from another number
         self._by_param[new] = entry
 
     def move_names(self, changes: list[tuple[Entry, list[str], list[str]]]) -> None:
@@ -212,6 +231,8 @@ class IdentityTable:
     def change_ids(self, changed: Mapping[int, int]) -> None:
         """Give entries other IDs, all at once; names, tensors, slots and constraints stay.
 
+        What the store holds of constraints is the caller's to renew.
+
         An entry that is not changed but whose ID is wanted gets one of its own anew. An ID that the store holds for a
         parameter outside this table is not taken: that parameter may be another optimizer's.
 
@@ -232,8 +253,6 @@ class IdentityTable:
             moved[former] = entry.id
             for alias in own[1:]:
                 self.store.alias(entry.id, alias)
-            if entry.constraint is not None:
-                self.store.set_bounds(entry.id, entry.constraint.min, entry.constraint.max)
             self._entries[entry.id] = entry
         for sharing in self.ambiguous.values():
             sharing[:] = [moved.get(id, id) for id in sharing]

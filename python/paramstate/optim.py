@@ -11,19 +11,20 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import _core
-from .constraints import Box
+from .dry_steps import is_asked_for_state_alone
 from .errors import UnsupportedError
+from .fresh_state import MOMENTS, initial_state
 from .functional import Undo, adam_step, gather
-from .host import MOMENTS, HostStep, initial_state
+from .host import HostStep
 from .identified import IdentifiedOptimizer
-from .membership import OnReplace
+from .projections import AnyConstraint
+from .rows import RowIndex
+from .selection import Selection
+from .shared import Shared
+from .tables import OnReplace
 from .torch_releases import check_graph_capture
 
-if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"paramstate needs torch 2.10 or later, found {torch.__version__}: pip install 'torch>=2.10'")
-_core.connect(torch.Tensor, nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
-
-Constraints = Box | Mapping[str, Box]
+Constraints = AnyConstraint | Mapping[str | Tensor | Selection, AnyConstraint]
 
 
 class Adam(IdentifiedOptimizer, torch.optim.Adam):
@@ -32,7 +33,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
     State belongs to a parameter, under an ID that stays when its tensor object is replaced, moved, renamed or reloaded.
 
     Args:
-        params: what torch takes, or the model itself. A group's ``"params"`` may be a module, too.
+        params: what torch takes, the model itself, or a selection. A group's ``"params"`` may be those, too.
         lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
             decoupled_weight_decay: as in :class:`torch.optim.Adam`. On the host ``foreach`` and ``fused`` choose no
             kernel; ``fused=True`` only makes a gradient scaler leave unscaling to the step.
@@ -42,7 +43,9 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         max_grad_norm: clip the global norm of all gradients to this inside the step, as
             ``clip_grad_norm_(params, max_grad_norm)`` before it would; the gradients are left as they are, the norm is
             in :attr:`grad_norm` afterwards.
-        constraints: a :class:`Box` for all parameters, or canonical name to :class:`Box`. Holds after every step.
+        constraints: one constraint for all parameters (:class:`Box`, :func:`NonNegative`, :class:`MaxNorm`,
+            :class:`UnitNorm`, or a function of the values), or a mapping from names, patterns or selections to one.
+            Holds after every step.
         on_replace: what happens to the state of a parameter whose tensor was replaced: ``"keep"`` it, ``"reset"`` it,
             or raise an ``"error"``.
 
@@ -64,12 +67,14 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
     """
 
     _shaped_state = MOMENTS
+    _gathers_itself = False
+    """Whether a subclass has an ``_init_group`` of its own."""
     _max_grad_norm: float | None = None
-    _grad_norm: Tensor | None = None
+    _grad_norm = Shared[Tensor | None](None)
 
     def __init__(
         self,
-        params: ParamsT | nn.Module,
+        params: ParamsT | nn.Module | Selection,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -110,6 +115,12 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         self._end_identity()
         self._declare(constraints)
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Not by comparing with torch's function: torch.compile puts another into each of torch's classes.
+        owners = [owner for owner in cls.__mro__ if "_init_group" in vars(owner)]
+        cls._gathers_itself = not owners[0].__module__.startswith("torch.")
+
     def _declare(self, constraints: Constraints | None) -> None:
         if isinstance(constraints, Mapping):
             for entry in self._select(constraints):
@@ -126,11 +137,14 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         return self._grad_norm
 
     @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, rows: Mapping[Any, RowIndex] | None = None) -> Any:
         """Take one step.
 
         Args:
             closure: reevaluates the model and returns the loss; called with gradients enabled, before they are read.
+            rows: parameter (or name, or selection) to the rows along dim 0, as a bool mask or indices, that are updated
+                this time; its other rows are not touched and their state does not age. A parameter that is not named is
+                updated whole.
 
         Returns:
             What the closure returned, else ``None``.
@@ -139,8 +153,10 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             ReplacedParameterError: the model changed in a way that only the user can decide.
             StateShapeError: a value, its gradient or its state have different shapes.
             OverlapError: parameters share memory.
+            ConstraintError: a constraint that is a function failed. The step was taken then; the message says which
+                parameter's constraint was not applied.
 
-        After an error values, moments and steps are as they were.
+        After any other error values, moments and steps are as they were.
         """
         check_graph_capture(self)
         loss = None
@@ -148,43 +164,75 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._settle_outside_the_graph()
-            self._step_traced()
+            if self._is_left_to_the_graph(rows):
+                self._step_traced()
         else:
             with self._lock:
-                self._step_eagerly()
+                self._step_eagerly(rows)
         return loss
 
-    def _step_eagerly(self) -> None:
+    def _step_eagerly(self, rows: Mapping[Any, RowIndex] | None) -> None:
         self._settle(stepping=True)
+        if is_asked_for_state_alone(self):
+            self.materialize_state()
+            return
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf != 0):
+            self._project_idle([])
             return
         if self._needs_torch():
-            self._step_by_torch()
+            with self._frozen_out_of_sight():
+                self._require_whole_steps(rows)
+                self._step_by_torch()
             return
-        step = HostStep(self, self._max_grad_norm)
+        step = HostStep(self, self._max_grad_norm, self._chosen_rows(rows))
         step.run()
         if step.grad_norm is not None:
             self._grad_norm = torch.tensor(step.grad_norm, dtype=torch.float64)
 
     def _needs_torch(self) -> bool:
-        """Whether the whole step is torch's: tensors may not be what they seem, or gradients flow through the step."""
+        """Whether the whole step is torch's.
+
+        Tensors may not be what they seem, gradients flow through the step, or a subclass gathers in a way of its own.
+        """
         return (
-            any(group["differentiable"] or group["capturable"] for group in self.param_groups)
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.maybe_current_level() is not None
+            self._gathers_itself
+            or _is_traced()
+            or any(group["differentiable"] or _is_captured(group) for group in self.param_groups)
         )
 
+    def _require_whole_steps(self, rows: Mapping[Any, RowIndex] | None) -> None:
+        """Refuse what torch's function cannot do, by name."""
+        reason = "cannot be honoured by a step that is compiled, traced, capturable or differentiable"
+        if rows:
+            raise UnsupportedError(f"step(rows=...) {reason}; take such a step without compiling")
+        for entry in self._table:
+            if entry.rows is not None:
+                raise UnsupportedError(
+                    f"the rows of {self._called_entry(entry)}, frozen or of different ages, {reason}"
+                )
+            if entry.frozen and entry.param.grad is not None:
+                raise UnsupportedError(
+                    f"that {self._called_entry(entry)} is frozen {reason} while it has a gradient; call zero_grad()"
+                )
+
     @_disable_dynamo
-    def _settle_outside_the_graph(self) -> None:
-        """The check of the models' slots, which ``torch.compile`` must not trace: it asks anew on each step."""
+    def _is_left_to_the_graph(self, rows: Mapping[Any, RowIndex] | None) -> bool:
+        """Do what ``torch.compile`` must not trace, for it asks anew on each step; returns whether a step is left."""
         with self._lock:
             self._settle(stepping=True)
             self._sync()
+            self._require_whole_steps(rows)
+            self._forget_versions(entry.param for entry in self._table)
+            if is_asked_for_state_alone(self):
+                self.materialize_state()
+                return False
+        return True
 
     def _step_by_torch(self) -> None:
-        self._sync()
+        if not _is_traced():  # while tracing, stand-ins may be in the groups: they are nobody's parameters
+            self._sync()
+        self._forget_versions(entry.param for entry in self._table)
         undo = Undo(self.state)
         for group in self.param_groups:
             for param in group["params"]:
@@ -199,13 +247,13 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         """The step that ``torch.compile``, tracing and ``differentiable`` can look into."""
         if self._max_grad_norm is not None:
             raise UnsupportedError(
-                "max_grad_norm cannot be honoured by a step that is compiled, traced, capturable or differentiable; "
-                "call clip_grad_norm_(...) before step()"
+                "max_grad_norm cannot be honoured by a step that is compiled, traced, capturable or differentiable, "
+                "nor under a subclass's own _init_group; call clip_grad_norm_(...) before step()"
             )
         if self._constrained:
             raise UnsupportedError(
-                "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable; "
-                "call clip_(...) after step()"
+                "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable, "
+                "nor under a subclass's own _init_group; call clip_(...) after step()"
             )
         # All groups before the first write: torch refuses gradients and options here.
         gathered = [gather(self, group, group["params"]) for group in self.param_groups]
@@ -219,9 +267,17 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
                     self.state[param].update(initial_state(param, group))
+                    self._note_version(param)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+
+
+def _is_captured(group: dict[str, Any]) -> bool:
+    """Whether a group is ``capturable`` in truth: torch's fused step takes that on the host, where it means nothing."""
+    if not group["capturable"]:
+        return False
+    return not (group["fused"] and all(param.is_cpu for param in group["params"]))
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -242,7 +298,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __init__(
         self,
-        params: ParamsT | nn.Module,
+        params: ParamsT | nn.Module | Selection,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -280,3 +336,8 @@ class AdamW(Adam, torch.optim.AdamW):
             constraints=constraints,
             on_replace=on_replace,
         )
+
+
+def _is_traced() -> bool:
+    """Whether tensors may not be what they seem: a mode or a transform looks into every operation."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import AmbiguousNameError, UnknownParameterError, listed
 from .following import Following
 from .identity import Entry
+from .selected_groups import claims_on
 from .wrappers import Place, Tree
 
 
@@ -31,7 +32,7 @@ class RebindReport:
     unmanaged: list[str] = field(default_factory=list)
     """Trainable parameters of the model that are in no group."""
     adopted: list[str] = field(default_factory=list)
-    """Unmanaged ones that ``group=`` took in."""
+    """Unmanaged ones that were taken in: by a group whose selection they belong to, else by ``group=``."""
 
 
 class Rebinding(Following):
@@ -41,6 +42,8 @@ class Rebinding(Following):
         self, model: nn.Module, *, group: int | str | Mapping[str, Any] | None = None, label: str | None = None
     ) -> RebindReport:
         """Match the parameters with those of ``model``: by object first, by canonical name then.
+
+        A group that was given as a selection takes in what belongs to it now and is in no group.
 
         Args:
             model: the model to train from now on. It takes the place of those known before; where an optimizer trains
@@ -55,6 +58,7 @@ class Rebinding(Following):
 
         Raises:
             UnknownParameterError: ``group`` names no group. Nothing is changed then.
+            SelectionError: a new parameter belongs to the selections of two groups. Nothing is changed then.
             AmbiguousNameError: the model could stand for several known ones; give ``label``. Nothing is changed then.
 
         Example:
@@ -70,15 +74,20 @@ class Rebinding(Following):
         adopter = self._adopting_group(group)
         self._sync()
         report = RebindReport()
-        tree = Tree(model).places
+        walk = Tree(model)
+        tree = walk.places
         mine = self._entries_of(model, tree, label)
+        claims = claims_on(self, model, walk, mine)
         self._forget_models_of(mine, model)
         _Matching(self, tree, mine, report).run()
+        for claiming, claimed in claims:
+            self._adopt(claimed, claiming, None)
+            report.adopted += [places[0].path for places in claimed.values()]
         unmanaged = self._unmanaged(tree)
         report.unmanaged = [places[0].path for places in unmanaged.values()]
         if group is not None and unmanaged:
             self._adopt(unmanaged, adopter, group)
-            report.adopted, report.unmanaged = report.unmanaged, []
+            report.adopted, report.unmanaged = report.adopted + report.unmanaged, []
         self._sync()
         self._slots.clean(self._table)
         self._watched = False
@@ -179,8 +188,7 @@ class Rebinding(Following):
                 if key in group and len(group[key]) == len(stays):
                     group[key] = [item for item, keep in zip(group[key], stays, strict=True) if keep]
         self.state.pop(entry.param, None)
-        self._slots.release(entry)
-        self._table.forget(entry)
+        self._forget(entry)
 
 
 class _Matching:
@@ -199,24 +207,32 @@ class _Matching:
     def run(self) -> None:
         table = self._optimizer._table
         present = [(entry, here) for entry in self._mine if (here := self._by_param.get(entry.param))]
-        missing = [entry for entry in self._mine if entry.param not in self._by_param]
+        missing = [(entry, self._namesake(entry)) for entry in self._mine if entry.param not in self._by_param]
+        matched = {entry.label for entry, _ in present} | {entry.label for entry, place in missing if place is not None}
+        # What went goes first: its name may be that of a place where another parameter lives now.
+        for entry, place in missing:
+            if place is None:
+                self._part_with(entry, matched)
         self._optimizer._resettle(present)
         for entry, _ in present:
             fits = self._optimizer._state_fits(entry)
             if not fits:
                 self._optimizer.state.pop(entry.param)
             (self._report.kept if fits else self._report.reshaped).append(table.name(entry))
-        matched = {entry.label for entry, _ in present}
-        pairs = [(entry, self._namesake(entry)) for entry in missing]
-        matched |= {entry.label for entry, place in pairs if place is not None}
-        for entry, place in pairs:
+        for entry, place in missing:
             if place is not None and table.of(place.param) is None:
                 self._match(entry, place)
-            elif entry.slots or (table.names(entry) and entry.label in matched):
-                self._report.vanished.append(table.name(entry))
-                self._optimizer._drop(entry)
-            else:
-                self._report.unmatched.append(table.name(entry))
+            elif place is not None:  # by another of the missing, tied to it before
+                self._part_with(entry, matched)
+
+    def _part_with(self, entry: Entry, matched: set[str]) -> None:
+        """Drop a parameter that the model does not have, where it can be told that the model had it."""
+        names = self._optimizer._table.names(entry)
+        if entry.slots or (names and entry.label in matched):
+            self._report.vanished.append(self._optimizer._table.name(entry))
+            self._optimizer._drop(entry)
+        else:
+            self._report.unmatched.append(self._optimizer._table.name(entry))
 
     def _namesake(self, entry: Entry) -> Place | None:
         names = self._optimizer._table.names(entry)

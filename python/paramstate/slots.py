@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .identity import Entry, IdentityTable, Slot
+from .sharding import is_sharded
 from .wrappers import Link, Place, Tree
 
 
@@ -111,6 +112,19 @@ class SlotTable:
     def places(self, pending: Link | None = None) -> list[Place]:
         """Every slot of the models that holds a parameter, as if ``pending`` had been assigned."""
         return [place for tree in self.trees(pending) for place in tree.places]
+
+    def buffer_owner(self, name: str) -> tuple[dict[str, Tensor | None], str] | None:
+        """Where a buffer of the models lives: the buffers of its module, and the key in them."""
+        for root in self.roots:
+            model = root.module()
+            if model is None:
+                continue
+            below = [(link.child, link.prefix) for link in Tree(model, prefix=root.prefix).links]
+            for module, prefix in [(model, root.prefix), *below]:
+                key = name.removeprefix(prefix)
+                if name.startswith(prefix) and module._buffers.get(key) is not None:
+                    return module._buffers, key
+        return None
 
     def settle(self, entry: Entry, places: Iterable[Place]) -> None:
         """Record that ``entry`` lives at ``places``."""
@@ -230,5 +244,4 @@ class _Examination:
 
 def _stands_in(tracked: Tensor, shown: Tensor) -> bool:
     """Whether ``shown`` is what FSDP2 puts in the slot of a sharded parameter for the time of a forward pass."""
-    is_sharded = hasattr(tracked, "placements")
-    return is_sharded and not hasattr(shown, "placements")
+    return is_sharded(tracked) and not is_sharded(shown)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .constraints import Box
-from .errors import ConstraintError, StateShapeError
+from .errors import StateShapeError
 from .identity import Entry
-from .membership import Key, Membership
+from .membership import Key, Membership, Which
 from .relayout import TensorMap, require_relayout
+from .versions import own_writes
 
 
 class Surgery(Membership):
-    """The part of an optimizer that replaces, resets and constrains parameters."""
+    """The part of an optimizer that replaces and resets parameters."""
 
-    def reset(self, which: Key | Iterable[Key]) -> None:
+    def reset(self, which: Which) -> None:
         """Make the state of parameters as if they had never been stepped. Values and IDs stay.
 
         Args:
-            which: a parameter, a name, or several of them.
+            which: a parameter, a name, a pattern over names, a selection, or several of them.
 
         Raises:
             UnknownParameterError: one of them is not known. Nothing is reset then.
+            SelectionError: a pattern finds a tied parameter by some of its names only. Nothing is reset then.
         """
         for entry in self._select(which):
-            self.state.pop(entry.param, None)
+            self._forget_state(entry)
 
     def replace_(self, which: Key, value: Tensor, state: Literal["keep", "reset"] | TensorMap = "keep") -> Tensor:
         """Give a parameter a new value, or a new ``nn.Parameter``, under the same ID.
@@ -49,6 +49,8 @@ class Surgery(Membership):
         Raises:
             UnknownParameterError: ``which`` is not known.
             ValueError: ``value`` is another parameter of this optimizer. Nothing is changed then.
+            ConstraintError: the bounds that were declared for the parameter do not fit the new value. Nothing is
+                changed then.
             StateShapeError: the shape changes and ``state`` is ``"keep"``, or the map is no re-layout. Nothing is
                 changed then.
 
@@ -76,8 +78,12 @@ class Surgery(Membership):
                 f"parameter {name!r} has shape {list(old.shape)}, the new value has {list(value.shape)}; to carry the "
                 "state give the map that carried the value as state=, to start afresh state='reset'"
             )
+        constraint = entry.constraint
+        if constraint is not None:
+            constraint = constraint.carried(state, old.shape) if callable(state) else constraint
+            constraint.require_fits(value, f"parameter {name!r}")
         if value.shape == old.shape and not isinstance(value, nn.Parameter):
-            with torch.no_grad():
+            with torch.no_grad(), own_writes([entry]):
                 # A view of the parameter itself, as its transpose is, cannot be read while it is written.
                 old.copy_(value.clone() if _share_storage(value, old) else value)
         else:
@@ -85,7 +91,10 @@ class Surgery(Membership):
         if carried:
             self.state[entry.param].update(carried)
         elif state == "reset":
-            self.state.pop(entry.param, None)
+            self._forget_state(entry)
+        if constraint is not None:
+            entry.constraint = constraint
+            self._traits_changed(entry)
         return entry.param
 
     def _require_untracked(self, entry: Entry, value: Tensor) -> None:
@@ -114,62 +123,7 @@ class Surgery(Membership):
         else:
             new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
         self._exchange(entry, new)
-        for slot in entry.slots:
-            module = slot.module()
-            if module is not None:
-                setattr(module, slot.attribute, new)
-
-    def constrain(self, which: Key | Iterable[Key], constraint: Box) -> None:
-        """Declare a constraint that holds after every step; the values are projected at once.
-
-        Args:
-            which: a parameter, a name, or several of them.
-            constraint: the bounds.
-
-        Raises:
-            UnknownParameterError: one of them is not known. Nothing is declared then.
-            ConstraintError: one of them is complex. Nothing is declared then.
-        """
-        if not isinstance(constraint, Box):
-            raise TypeError(f"a constraint must be a paramstate.Box, got {type(constraint).__name__}")
-        entries = self._select(which)
-        for entry in entries:
-            if entry.param.is_complex():
-                raise ConstraintError(
-                    f"parameter {self._table.name(entry)!r} is complex, and complex numbers have no order; leave it out"
-                )
-        for entry in entries:
-            self._constrained = True
-            entry.constraint = constraint
-            self._table.store.set_bounds(entry.id, constraint.min, constraint.max)
-            with torch.no_grad():
-                entry.param.clamp_(constraint.min, constraint.max)
-
-    def _project(self, params: Iterable[Tensor]) -> None:
-        """Apply declared constraints with torch operations."""
-        for param in params:
-            entry = self._table.of(param)
-            if entry is not None and entry.constraint is not None:
-                param.clamp_(entry.constraint.min, entry.constraint.max)
-
-    def _project_idle(self, updated: Iterable[Tensor]) -> None:
-        """Apply declared constraints to parameters that a step did not update: a client may have given them values."""
-        if not self._constrained:
-            return
-        done = set(map(id, updated))
-        for entry in self._table:
-            if entry.constraint is not None and id(entry.param) not in done:
-                _project_if_outside(entry.param, entry.constraint)
-
-
-def _project_if_outside(param: Tensor, box: Box) -> None:
-    """Clamp where that changes something, so that the version counter of an idle parameter stays."""
-    if param.is_meta:
-        return
-    values = param.detach()
-    if bool((values.clamp(box.min, box.max) != values).logical_and(~values.isnan()).any()):
-        with torch.inference_mode():  # in which alone inference tensors may be written; others may be as well
-            param.clamp_(box.min, box.max)
+        self._put_into_slots(entry, new)
 
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:

@@ -27,6 +27,8 @@ _WRAPPERS: tuple[tuple[str, str, str], ...] = (
     ("peft", "PeftModel", "base_model"),
     ("peft.tuners.tuners_utils", "BaseTuner", "model"),
     ("peft.tuners.tuners_utils", "BaseTunerLayer", "base_layer"),
+    ("peft.utils.other", "AuxiliaryTrainingWrapper", "original_module"),
+    ("peft.utils.other", "TrainableTokensWrapper", "token_adapter"),
 )
 
 

@@ -4,10 +4,12 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use std::sync::Arc;
+
 use criterion::{Criterion, Throughput};
 use paramstate::{
-    Adam, AdamTask, Bounds, DType, Execution, Isa, Layout, Order, OwnedBuffer, View, ViewLayout,
-    adam_step, bf16, sum_of_squares,
+    Adam, AdamTask, Bounds, Cohorts, DType, Execution, Isa, Layout, Order, OwnedBuffer,
+    Particulars, RowSteps, View, ViewLayout, adam_step, bf16, sum_of_squares,
 };
 
 /// Far more than the caches hold.
@@ -53,6 +55,7 @@ fn steps(criterion: &mut Criterion, name: &str, dtypes: [DType; 3], count: usize
             layout: Layout::Flat { len },
             scalars: Adam::default().scalars(10.0, 1.0),
             bounds: Bounds::default(),
+            particulars: None,
         })
         .collect();
     let bytes = 2 * value.size_of() + grad.size_of() + 4 * moments.size_of();
@@ -76,6 +79,63 @@ fn adam(criterion: &mut Criterion) {
     steps(criterion, "adam bf16 in cache", [Bf16; 3], 1, 1 << 13);
     steps(criterion, "adam 5000 x 64", [F32; 3], 5_000, 64);
     steps(criterion, "adam bf16 5000 x 64", [Bf16; 3], 5_000, 64);
+}
+
+/// A kind of rows: the offset of each.
+type Pattern = (&'static str, fn(usize, usize) -> i64);
+
+/// None; rows added three times at the end; a tenth of the rows reset at random; each row of any of
+/// a hundred ages.
+const PATTERNS: [Pattern; 4] = [
+    ("uniform", |_, _| -1),
+    ("blocks", |row, rows| (row * 10 / rows) as i64 / 3),
+    ("scattered", |row, _| i64::from(row.wrapping_mul(0x9e37_79b9) >> 7 & 15 < 2)),
+    ("any", |row, _| (row.wrapping_mul(0x9e37_79b9) >> 7) as i64 % 100),
+];
+
+/// A step over one tensor of `rows` rows of `inner` elements, whose rows have steps of their own.
+fn row_steps(criterion: &mut Criterion, total: usize, inner: usize) {
+    let rows = total / inner;
+    let len = rows * inner;
+    let buffers = [0, 1, 2].map(|_| filled(DType::F32, len));
+    let exp_avg_sq = OwnedBuffer::zeroed(DType::F32, len);
+    let adam = Adam::default();
+    let mut group = criterion.benchmark_group(format!("rows [{rows}, {inner}]"));
+    group.throughput(Throughput::Bytes(28 * len as u64)).sample_size(20);
+    for (label, execution) in executions() {
+        for (pattern, offset) in PATTERNS {
+            let offsets: Vec<i64> = (0..rows).map(|row| offset(row, rows)).collect();
+            let particulars = (offsets[0] >= 0).then(|| {
+                let cohorts = Arc::new(Cohorts::new(&offsets, |_| false));
+                let rows = RowSteps::new(inner, cohorts, &adam, 200.0);
+                Box::new(Particulars { rows: Some(rows), ..Particulars::default() })
+            });
+            let task = AdamTask {
+                value: buffers[0].operand(),
+                grad: buffers[1].operand(),
+                exp_avg: buffers[2].operand(),
+                exp_avg_sq: exp_avg_sq.operand(),
+                max_exp_avg_sq: None,
+                layout: Layout::Flat { len },
+                scalars: adam.scalars(200.0, 1.0),
+                bounds: Bounds::default(),
+                particulars,
+            };
+            let tasks = [task];
+            group.bench_function(format!("{label} {pattern}"), |bencher| {
+                // SAFETY: disjoint buffers of `len` elements each, alive until the end.
+                bencher
+                    .iter(|| unsafe { adam_step(black_box(&tasks), Order::Parallel, &execution) });
+            });
+        }
+    }
+}
+
+fn rows(criterion: &mut Criterion) {
+    for inner in [1, 3, 48] {
+        row_steps(criterion, 1 << 13, inner);
+        row_steps(criterion, LEN / 2, inner);
+    }
 }
 
 fn norm(criterion: &mut Criterion) {
@@ -121,6 +181,7 @@ fn main() {
         .configure_from_args();
     read_modify_write(&mut criterion);
     adam(&mut criterion);
+    rows(&mut criterion);
     norm(&mut criterion);
     criterion.final_summary();
 }

@@ -57,8 +57,8 @@ impl Bounds {
 /// [`Bounds`] in the compute type.
 #[derive(Clone, Copy)]
 pub(crate) struct Interval<C> {
-    min: C,
-    max: C,
+    pub min: C,
+    pub max: C,
 }
 
 impl<C: Compute> Interval<C> {

@@ -77,6 +77,40 @@ pub(crate) unsafe fn encode<C: Compute>(
     });
 }
 
+/// As `encode`, but for the elements alone whose flag is set: the others keep their very bits.
+///
+/// # Safety
+/// As for `encode`; there are as many flags.
+pub(crate) unsafe fn encode_where<C: Compute>(
+    operand: Operand,
+    steps: Steps<'_>,
+    span: Range<usize>,
+    (source, active): (&[C], &[bool]),
+    isa: Isa,
+) {
+    with_element!(operand.dtype, T => {
+        let ptr: *mut T = operand.ptr.cast();
+        for run in steps.runs(span) {
+            let part = run.target.clone();
+            isa.run(EncodeWhere { ptr, source: &source[part.clone()], active: &active[part], run });
+        }
+    });
+}
+
+/// The number of elements of `values` that are equal to an element of `min` or of `max` in the same
+/// place, all of them as a tensor of this dtype stores them.
+pub(crate) fn count_equal<C: Compute>(
+    dtype: DType,
+    values: &[C],
+    min: &[C],
+    max: &[C],
+    isa: Isa,
+) -> usize {
+    with_element!(dtype, T => {
+        isa.run(CountEqual { values, min, max, stored: |x: C| C::decode(x.encode::<T>()) })
+    })
+}
+
 /// Made only by `decode`, whose contract makes the run readable.
 struct DecodeRun<'a, T, C> {
     ptr: *const T,
@@ -138,5 +172,60 @@ impl<T: Element, C: Compute> Kernel for EncodeRun<'_, T, C> {
             // SAFETY: it is writable; nothing is asked of its alignment.
             unsafe { y.write_unaligned(x.encode()) };
         }
+    }
+}
+
+/// Made only by `encode_where`, whose contract makes the run readable and writable.
+struct EncodeWhere<'a, T, C> {
+    ptr: *mut T,
+    run: Run,
+    source: &'a [C],
+    active: &'a [bool],
+}
+
+impl<T: Element, C: Compute> Kernel for EncodeWhere<'_, T, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        // SAFETY: the run starts inside the operand, as `encode_where`'s contract says.
+        let first = unsafe { self.ptr.offset(self.run.offset) };
+        if self.run.stride == 1 && first.is_aligned() {
+            // SAFETY: these are consecutive, aligned elements, ours by `encode_where`'s contract;
+            // scratch, which is read meanwhile, is memory of our own.
+            let target = unsafe { std::slice::from_raw_parts_mut(first, self.source.len()) };
+            for ((x, &active), y) in self.source.iter().zip(self.active).zip(target) {
+                *y = if active { x.encode() } else { *y };
+            }
+            return;
+        }
+        let all = self.source.iter().zip(self.active).enumerate();
+        for (i, (x, _)) in all.filter(|(_, (_, active))| **active) {
+            // SAFETY: element `i` of the run lies inside the operand.
+            let y = unsafe { first.offset(i as isize * self.run.stride) };
+            // SAFETY: it is writable; nothing is asked of its alignment.
+            unsafe { y.write_unaligned(x.encode()) };
+        }
+    }
+}
+
+struct CountEqual<'a, C, F> {
+    values: &'a [C],
+    min: &'a [C],
+    max: &'a [C],
+    stored: F,
+}
+
+impl<C: Compute, F: Fn(C) -> C> Kernel for CountEqual<'_, C, F> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run(self) -> usize {
+        let mut count: u32 = 0; // of one block
+        for ((&x, &min), &max) in self.values.iter().zip(self.min).zip(self.max) {
+            let x = (self.stored)(x);
+            count += u32::from((x == (self.stored)(min)) | (x == (self.stored)(max)));
+        }
+        count as usize
     }
 }

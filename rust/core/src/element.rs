@@ -195,6 +195,8 @@ pub(crate) trait Compute:
     fn is_nan(self) -> bool;
     fn decode<T: Element>(x: T) -> Self;
     fn encode<T: Element>(self) -> T;
+    /// That of the two which is in this type.
+    fn either<'a>(single: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]];
 }
 
 impl Compute for f32 {
@@ -222,6 +224,10 @@ impl Compute for f32 {
     fn encode<T: Element>(self) -> T {
         T::from_f32(self)
     }
+    #[inline(always)]
+    fn either<'a>(single: &'a [[f32; 2]], _: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
+        single
+    }
 }
 
 impl Compute for f64 {
@@ -248,6 +254,10 @@ impl Compute for f64 {
     #[inline(always)]
     fn encode<T: Element>(self) -> T {
         T::from_f64(self)
+    }
+    #[inline(always)]
+    fn either<'a>(_: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
+        double
     }
 }
 

@@ -119,7 +119,7 @@ unsafe fn change_span<C: Compute>(
         let values = unsafe { side.open(part.clone(), scratch, isa) };
         change.apply(values, isa);
         // SAFETY: the same part and scratch.
-        unsafe { side.close(part, scratch, isa) };
+        unsafe { side.close(part, scratch, None, isa) };
     }
 }
 

@@ -101,6 +101,38 @@ pub enum ViewLayout {
 }
 
 impl ViewLayout {
+    /// A walk along these dimensions, each a size and a stride, the last one fastest. Neighbours
+    /// that are walked as one dimension become one, so that runs are as long as they can be.
+    ///
+    /// ```
+    /// use paramstate::ViewLayout;
+    ///
+    /// assert_eq!(ViewLayout::along([(2, 12), (3, 4), (4, 1)]), ViewLayout::Flat { len: 24 });
+    /// let (shape, strides) = (vec![3, 4], vec![0, 1]);
+    /// assert_eq!(ViewLayout::along([(3, 0), (4, 1)]), ViewLayout::Strided { shape, strides });
+    /// ```
+    #[must_use]
+    pub fn along(dimensions: impl IntoIterator<Item = (usize, isize)>) -> Self {
+        let (mut shape, mut strides): (Vec<usize>, Vec<isize>) = (Vec::new(), Vec::new());
+        for (size, stride) in dimensions.into_iter().filter(|(size, _)| *size != 1) {
+            match (shape.last_mut(), strides.last_mut()) {
+                (Some(last), Some(reach)) if *reach == stride * size as isize => {
+                    *last *= size;
+                    *reach = stride;
+                }
+                _ => {
+                    shape.push(size);
+                    strides.push(stride);
+                }
+            }
+        }
+        match (shape.as_slice(), strides.as_slice()) {
+            ([], _) => Self::Flat { len: 1 },
+            ([len], [1]) => Self::Flat { len: *len },
+            _ => Self::Strided { shape, strides },
+        }
+    }
+
     /// Elements.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::codec::BLOCK;
 use crate::element::Compute;
 use crate::isa::Kernel;
+use crate::operands::Operands;
 use crate::parallel::{CHUNK, Plan};
+use crate::rows::Rows;
 use crate::side::{Scratch, Side};
-use crate::{DType, Execution, Isa, View};
+use crate::{AdamTask, DType, Execution, Isa, RowSteps, View};
 
 /// Partial sums per block; element `i` of a chunk goes to lane `i % LANES`, on every machine.
 const LANES: usize = 16;
@@ -36,15 +38,40 @@ const STREAMS: usize = 4;
 /// ```
 #[must_use]
 pub unsafe fn sum_of_squares(views: &[View], execution: &Execution) -> f64 {
-    let plan = Plan::new(views.iter().map(|view| view.layout.len()));
+    let sum = |view: usize, span, scratch: &mut Scratch| {
+        // SAFETY: the caller's contract.
+        unsafe { sum_span(&views[view], span, scratch, execution.isa) }
+    };
+    sum_in_order(views.len(), |view| views[view].layout.len(), sum, execution)
+}
+
+/// The sum of the squares of all gradients, as [`sum_of_squares`] has it for their views. The
+/// gradients of rows that a task skips count as zeros.
+///
+/// # Safety
+/// Until the call returns, every element of every task's gradient is readable and not written.
+#[must_use]
+pub unsafe fn gradient_squares(tasks: &[AdamTask], execution: &Execution) -> f64 {
+    let sum = |task: usize, span, scratch: &mut Scratch| {
+        // SAFETY: the caller's contract.
+        unsafe { sum_gradient(&tasks[task], span, scratch, execution.isa) }
+    };
+    sum_in_order(tasks.len(), |task| tasks[task].layout.len(), sum, execution)
+}
+
+/// Adds up what `sum` gives for each part of each tensor.
+fn sum_in_order(
+    tensors: usize,
+    len_of: impl Fn(usize) -> usize + Sync,
+    sum: impl Fn(usize, Range<usize>, &mut Scratch) -> f64 + Sync,
+    execution: &Execution,
+) -> f64 {
+    let plan = Plan::new((0..tensors).map(&len_of));
     // The bits of one `f64` for each unit of work: each is written by whoever runs that unit.
     let sums: Vec<AtomicU64> = (0..plan.units()).map(|_| AtomicU64::new(0)).collect();
     plan.run(execution.threads, Scratch::default, |scratch, unit| {
-        let mut sum = 0.0;
-        for (view, span) in plan.parts(unit, |view| views[view].layout.len()) {
-            // SAFETY: the caller's contract.
-            sum += unsafe { sum_span(&views[view], span, scratch, execution.isa) };
-        }
+        let parts = plan.parts(unit, &len_of);
+        let sum = parts.map(|(tensor, span)| sum(tensor, span, scratch)).sum();
         sums[unit].store(f64::to_bits(sum), Ordering::Relaxed);
     });
     sums.into_iter().map(|sum| f64::from_bits(sum.into_inner())).sum()
@@ -81,14 +108,93 @@ unsafe fn sum_span(view: &View, span: Range<usize>, scratch: &mut Scratch, isa: 
 }
 
 /// # Safety
+/// As [`gradient_squares`], for the elements `span` of this task.
+unsafe fn sum_gradient(
+    task: &AdamTask,
+    span: Range<usize>,
+    scratch: &mut Scratch,
+    isa: Isa,
+) -> f64 {
+    if task.grad.dtype == DType::F64 {
+        let block = &mut scratch.double.get_or_insert_default().grad;
+        // SAFETY: the caller's contract.
+        unsafe { sum_gradient_in::<f64>(task, span, block, isa) }
+    } else {
+        let block = &mut scratch.single.get_or_insert_default().grad;
+        // SAFETY: the caller's contract.
+        unsafe { sum_gradient_in::<f32>(task, span, block, isa) }
+    }
+}
+
+/// # Safety
+/// As [`sum_gradient`].
+unsafe fn sum_gradient_in<C: Compute>(
+    task: &AdamTask,
+    span: Range<usize>,
+    scratch: &mut [C; BLOCK],
+    isa: Isa,
+) -> f64 {
+    let side = Operands::grad::<C>(task);
+    let rows = task.particulars.as_ref().and_then(|particulars| particulars.rows.as_ref());
+    match rows.map(RowSteps::rows).filter(|rows| rows.cohorts.skips_rows()) {
+        // SAFETY: the caller's contract.
+        None => unsafe { sum_side(&side, span, scratch, isa) },
+        // SAFETY: the caller's contract.
+        Some(rows) => unsafe { sum_rows(&side, rows, span, scratch, isa) },
+    }
+}
+
+/// # Safety
+/// As [`sum_gradient`].
+unsafe fn sum_rows<C: Compute>(
+    side: &Side<'_>,
+    rows: &Rows,
+    span: Range<usize>,
+    scratch: &mut [C; BLOCK],
+    isa: Isa,
+) -> f64 {
+    let mut room = [true; BLOCK];
+    let mut lanes = [0.0; LANES];
+    for start in span.clone().step_by(BLOCK) {
+        let part = start..span.end.min(start + BLOCK);
+        let Some(active) = rows.activity(part.clone(), &mut room, isa) else {
+            // SAFETY: the caller's contract.
+            let values = unsafe { side.read(part, scratch, isa) };
+            lanes = isa.run(AddSquares { values, lanes });
+            continue;
+        };
+        // SAFETY: the caller's contract.
+        unsafe { side.copy(part, scratch, isa) };
+        let values = &mut scratch[..active.len()];
+        for (x, active) in values.iter_mut().zip(active) {
+            *x = if *active { *x } else { C::default() };
+        }
+        lanes = isa.run(AddSquares { values, lanes });
+    }
+    lanes.into_iter().sum()
+}
+
+/// # Safety
 /// As [`sum_span`].
-unsafe fn sum_span_in<C: Compute>(
+pub(crate) unsafe fn sum_span_in<C: Compute>(
     view: &View,
     span: Range<usize>,
     scratch: &mut [C; BLOCK],
     isa: Isa,
 ) -> f64 {
     let side = Side::new::<C>(view.operand, view.layout.steps());
+    // SAFETY: the caller's contract.
+    unsafe { sum_side(&side, span, scratch, isa) }
+}
+
+/// # Safety
+/// As [`sum_span`].
+unsafe fn sum_side<C: Compute>(
+    side: &Side<'_>,
+    span: Range<usize>,
+    scratch: &mut [C; BLOCK],
+    isa: Isa,
+) -> f64 {
     let block = if side.in_place { CHUNK } else { BLOCK };
     let mut lanes = [0.0; LANES];
     for start in span.clone().step_by(block) {

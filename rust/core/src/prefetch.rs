@@ -6,6 +6,9 @@
 /// Bytes of a cache line, or a divisor of it.
 const LINE: usize = 64;
 
+/// Lines of each operand that are asked for ahead: beyond, the hardware follows by itself.
+pub(crate) const LINES: usize = 8;
+
 /// Asks for the line at an address. Any address will do: a hint never fails and changes nothing
 /// but time. Where the compiler offers no such instruction, nothing happens.
 ///

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use crate::Operand;
 use crate::codec::{self, BLOCK};
 use crate::element::Compute;
 use crate::isa::Isa;
 use crate::layout::Steps;
+use crate::prefetch::{LINES, prefetch_start};
+use crate::{DType, Operand};
 
 /// An operand, how its elements follow each other, and whether a loop in the compute type may work
 /// on the memory itself.
@@ -22,6 +23,19 @@ impl<'a> Side<'a> {
             && matches!(steps, Steps::Dense)
             && operand.ptr.cast::<C>().is_aligned();
         Self { operand, steps, in_place }
+    }
+
+    /// Asks for the first lines of some elements that lie one after another.
+    pub(crate) fn prefetch(&self, part: &Range<usize>) {
+        if matches!(self.steps, Steps::Dense) {
+            let size = self.operand.dtype.size_of();
+            let start = self.operand.ptr.wrapping_add(part.start * size);
+            prefetch_start(start, part.len() * size, LINES);
+        }
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.operand.dtype
     }
 
     /// Goes through scratch if it is the memory of `other`, so that no slice of it is alive while
@@ -55,6 +69,21 @@ impl<'a> Side<'a> {
         unsafe { std::slice::from_raw_parts(first, len) }
     }
 
+    /// The elements `span`, copied into scratch wherever they lie.
+    ///
+    /// # Safety
+    /// They are readable, and nothing writes them meanwhile. `span` is no longer than the scratch.
+    pub(crate) unsafe fn copy<C: Compute>(
+        &self,
+        span: Range<usize>,
+        scratch: &mut [C; BLOCK],
+        isa: Isa,
+    ) {
+        let target = &mut scratch[..span.len()];
+        // SAFETY: the caller's contract.
+        unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+    }
+
     /// The elements `span`, for reading and writing; `close` ends it.
     ///
     /// # Safety
@@ -79,7 +108,8 @@ impl<'a> Side<'a> {
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 
-    /// Stores what was written to the slice that `open` gave.
+    /// Stores what was written to the slice that `open` gave; where `active` is false, nothing (in
+    /// place, the loop itself has left those elements as they were).
     ///
     /// # Safety
     /// `open` was called with the same span and scratch, and what it asks for still holds.
@@ -87,12 +117,21 @@ impl<'a> Side<'a> {
         &self,
         span: Range<usize>,
         scratch: &[C; BLOCK],
+        active: Option<&[bool]>,
         isa: Isa,
     ) {
-        if !self.in_place {
-            let source = &scratch[..span.len()];
+        if self.in_place {
+            return;
+        }
+        let source = &scratch[..span.len()];
+        match active {
             // SAFETY: the caller's contract.
-            unsafe { codec::encode(self.operand, self.steps, span, source, isa) };
+            None => unsafe { codec::encode(self.operand, self.steps, span, source, isa) },
+            Some(active) => {
+                let source = (source, &active[..source.len()]);
+                // SAFETY: the caller's contract.
+                unsafe { codec::encode_where(self.operand, self.steps, span, source, isa) }
+            }
         }
     }
 }
@@ -102,6 +141,8 @@ impl<'a> Side<'a> {
 pub(crate) struct Scratch {
     pub single: Option<Box<Blocks<f32>>>,
     pub double: Option<Box<Blocks<f64>>>,
+    pub single_varied: Option<Box<Varied<f32>>>,
+    pub double_varied: Option<Box<Varied<f64>>>,
 }
 
 /// One block for each operand of the update.
@@ -126,10 +167,30 @@ impl<C: Compute> Default for Blocks<C> {
     }
 }
 
+/// One block for each thing that may differ from element to element.
+pub(crate) struct Varied<C> {
+    /// `change` and `eps`.
+    pub corrections: [[C; 2]; BLOCK],
+    pub active: [bool; BLOCK],
+    pub min: [C; BLOCK],
+    pub max: [C; BLOCK],
+}
+
+impl<C: Compute> Default for Varied<C> {
+    fn default() -> Self {
+        let zeros = || [C::default(); BLOCK];
+        Self {
+            corrections: [[C::default(); 2]; BLOCK],
+            active: [true; BLOCK],
+            min: zeros(),
+            max: zeros(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType;
 
     #[test]
     fn the_memory_of_another_side_is_never_used_in_place() {

@@ -244,6 +244,7 @@ impl Entry {
             layout: common_layout(layouts),
             scalars: adam.scalars(self.step as f64, coefficient),
             bounds: self.bounds,
+            particulars: None,
         }
     }
 

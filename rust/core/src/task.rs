@@ -4,12 +4,15 @@ use std::ops::Range;
 
 use crate::codec::BLOCK;
 use crate::element::Compute;
-use crate::layout::Steps;
+use crate::operands::Operands;
 use crate::parallel::{CHUNK, Plan};
-use crate::prefetch::prefetch_start;
-use crate::side::{Blocks, Scratch, Side};
-use crate::update::{Block, Scalars, Update};
-use crate::{AdamScalars, Bounds, DType, Execution, Isa, Layout, Operand, StridedLayout};
+use crate::particulars;
+use crate::prefetch::{LINES, prefetch_start};
+use crate::side::{Blocks, Scratch, Varied};
+use crate::update::{Scalars, Update};
+use crate::{
+    AdamScalars, Bounds, DType, Execution, Isa, Layout, Operand, Particulars, Projection, project,
+};
 
 /// The update of one parameter.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ pub struct AdamTask {
     pub scalars: AdamScalars,
     /// Hold for the new value.
     pub bounds: Bounds,
+    /// What is not the same for all elements; nearly always nothing.
+    pub particulars: Option<Box<Particulars>>,
 }
 
 /// Whether the tasks of one call may overlap in time.
@@ -53,6 +58,7 @@ pub enum Order {
 /// * What is written overlaps nothing else that this call reads or writes, with two exceptions: the
 ///   gradient may be the very elements of its value (the same address, dtype and strides), and with
 ///   [`Order::InSequence`] different tasks may share anything.
+/// * Bounds of each element are readable at every element, and rows are as many as the layout has.
 /// * No other thread writes what is read here, or reads or writes what is written.
 ///
 /// ```
@@ -71,6 +77,7 @@ pub enum Order {
 ///     layout: Layout::Flat { len: 2 },
 ///     scalars: Adam { lr: 0.1, ..Adam::default() }.scalars(1.0, 1.0),
 ///     bounds: Bounds::default(),
+///     particulars: None,
 /// };
 /// // SAFETY: four arrays of two elements, disjoint, and alive until the end.
 /// unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
@@ -92,7 +99,11 @@ pub unsafe fn adam_step(tasks: &[AdamTask], order: Order, execution: &Execution)
 /// # Safety
 /// As [`adam_step`] with [`Order::Parallel`].
 unsafe fn run(tasks: &[AdamTask], execution: &Execution) {
-    let plan = Plan::new(tasks.iter().map(|task| task.layout.len()));
+    let mut any_particulars = false;
+    let plan = Plan::new(tasks.iter().map(|task| {
+        any_particulars |= task.particulars.is_some();
+        task.layout.len()
+    }));
     plan.run(execution.threads, Scratch::default, |scratch, unit| {
         for (task, span) in plan.parts(unit, |task| tasks[task].layout.len()) {
             if let Some(next) = tasks.get(task + AHEAD) {
@@ -103,13 +114,17 @@ unsafe fn run(tasks: &[AdamTask], execution: &Execution) {
             unsafe { run_span(&tasks[task], span, scratch, execution.isa) }
         }
     });
+    if any_particulars {
+        let particulars = tasks.iter().filter_map(|task| task.particulars.as_ref());
+        let projections: Vec<&Projection> =
+            particulars.filter_map(|particulars| particulars.projection.as_ref()).collect();
+        // SAFETY: the caller's contract; the updates are finished.
+        unsafe { project(&projections, execution) }
+    }
 }
 
 /// How many tasks ahead memory is asked for.
 const AHEAD: usize = 2;
-
-/// Lines of each operand that are asked for ahead: beyond, the hardware follows by itself.
-const LINES: usize = 8;
 
 /// Asks for the beginning of a task's operands, before their turn comes.
 #[inline]
@@ -125,11 +140,13 @@ unsafe fn run_span(task: &AdamTask, span: Range<usize>, scratch: &mut Scratch, i
     let operands = [Some(task.value), Some(task.grad), Some(task.exp_avg), Some(task.exp_avg_sq)];
     let mut operands = operands.into_iter().chain([task.max_exp_avg_sq]).flatten();
     if operands.any(|operand| operand.dtype == DType::F64) {
+        let (blocks, varied) = (scratch.double.get_or_insert_default(), &mut scratch.double_varied);
         // SAFETY: the caller's contract.
-        unsafe { run_span_in::<f64>(task, span, scratch.double.get_or_insert_default(), isa) }
+        unsafe { run_span_in::<f64>(task, span, blocks, varied, isa) }
     } else {
+        let (blocks, varied) = (scratch.single.get_or_insert_default(), &mut scratch.single_varied);
         // SAFETY: the caller's contract.
-        unsafe { run_span_in::<f32>(task, span, scratch.single.get_or_insert_default(), isa) }
+        unsafe { run_span_in::<f32>(task, span, blocks, varied, isa) }
     }
 }
 
@@ -139,55 +156,37 @@ unsafe fn run_span_in<C: Compute>(
     task: &AdamTask,
     span: Range<usize>,
     blocks: &mut Blocks<C>,
+    varied: &mut Option<Box<Varied<C>>>,
     isa: Isa,
 ) {
-    let scalars = Scalars::<C>::new(&task.scalars, task.bounds);
-    let side = |operand, strides: StridesOf| Side::new::<C>(operand, steps(&task.layout, strides));
-    let value = side(task.value, |layout| &layout.value);
-    let grad = side(task.grad, |layout| &layout.grad).apart_from(task.value);
-    let exp_avg = side(task.exp_avg, |layout| &layout.exp_avg);
-    let exp_avg_sq = side(task.exp_avg_sq, |layout| &layout.exp_avg_sq);
-    let max = task.max_exp_avg_sq.map(|max| side(max, |layout| &layout.max_exp_avg_sq));
-
-    let sides = [Some(&value), Some(&grad), Some(&exp_avg), Some(&exp_avg_sq), max.as_ref()];
-    let block = if sides.into_iter().flatten().all(|side| side.in_place) { CHUNK } else { BLOCK };
-    let Blocks { value: a, grad: b, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e } = blocks;
-    for start in span.clone().step_by(block) {
-        let part = start..span.end.min(start + block);
-        let block = Block {
-            // SAFETY: the caller's contract: ours alone to read and write; `a` serves no other side.
-            value: unsafe { value.open(part.clone(), a, isa) },
-            // SAFETY: the caller's contract: readable, and apart from what is written.
-            grad: unsafe { grad.read(part.clone(), b, isa) },
-            // SAFETY: as for the value.
-            exp_avg: unsafe { exp_avg.open(part.clone(), c, isa) },
-            // SAFETY: as for the value.
-            exp_avg_sq: unsafe { exp_avg_sq.open(part.clone(), d, isa) },
-            // SAFETY: as for the value.
-            max_exp_avg_sq: max.as_ref().map(|max| unsafe { max.open(part.clone(), e, isa) }),
-        };
-        isa.run(Update { block, scalars: &scalars });
-        // SAFETY: `open` had the same part and scratch, here and below.
-        unsafe { value.close(part.clone(), a, isa) };
-        // SAFETY: as above.
-        unsafe { exp_avg.close(part.clone(), c, isa) };
-        // SAFETY: as above.
-        unsafe { exp_avg_sq.close(part.clone(), d, isa) };
-        if let Some(max) = &max {
-            // SAFETY: as above.
-            unsafe { max.close(part, e, isa) };
-        }
+    if let Some(particulars) = &task.particulars {
+        let room = (blocks, &mut **varied.get_or_insert_default());
+        // SAFETY: the caller's contract.
+        return unsafe { particulars::run_span(task, particulars, span, room, isa) };
     }
+    let scalars = Scalars::<C>::new(&task.scalars, task.bounds);
+    // SAFETY: the caller's contract.
+    unsafe { update_alike(&Operands::new::<C>(task), span, &scalars, blocks, isa) }
 }
 
-/// Picks one operand's strides.
-type StridesOf = fn(&StridedLayout) -> &Vec<isize>;
-
-fn steps(layout: &Layout, strides: StridesOf) -> Steps<'_> {
-    match layout {
-        Layout::Flat { .. } => Steps::Dense,
-        Layout::Strided(layout) => {
-            Steps::Strided { shape: &layout.shape, strides: strides(layout) }
-        }
+/// The update of elements that all take the same scalars.
+///
+/// # Safety
+/// As [`run_span`].
+pub(crate) unsafe fn update_alike<C: Compute>(
+    operands: &Operands<'_>,
+    span: Range<usize>,
+    scalars: &Scalars<C>,
+    blocks: &mut Blocks<C>,
+    isa: Isa,
+) {
+    let block = if operands.in_place() { CHUNK } else { BLOCK };
+    for start in span.clone().step_by(block) {
+        let part = start..span.end.min(start + block);
+        // SAFETY: the caller's contract; a part that goes through scratch is no longer than it.
+        let block = unsafe { operands.open(&part, blocks, isa) };
+        isa.run(Update { block, scalars });
+        // SAFETY: the same part and blocks.
+        unsafe { operands.close(&part, blocks, None, isa) };
     }
 }

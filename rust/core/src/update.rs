@@ -204,11 +204,34 @@ impl<C: Compute> Scalars<C> {
         }
     }
 
+    /// The same but for the bias corrections, which are those of another age.
+    pub(crate) fn corrected(self, [change, eps]: [C; 2]) -> Self {
+        Self { change, eps, ..self }
+    }
+
+    pub(crate) fn bounds(&self) -> Interval<C> {
+        self.bounds
+    }
+
+    pub(crate) fn has_l2_decay(&self) -> bool {
+        self.l2_decay != C::default()
+    }
+
+    pub(crate) fn correction(&self) -> [C; 2] {
+        [self.change, self.eps]
+    }
+
     /// The moments of one element: the old ones and its gradient give the new.
     ///
     /// L2 decay is left out rather than multiplied by 0: that would make NaN of an infinite value.
     #[inline(always)]
-    fn moments<const L2: bool>(&self, value: C, grad: C, exp_avg: C, exp_avg_sq: C) -> (C, C) {
+    pub(crate) fn moments<const L2: bool>(
+        &self,
+        value: C,
+        grad: C,
+        exp_avg: C,
+        exp_avg_sq: C,
+    ) -> (C, C) {
         let grad = grad * self.grad_coefficient;
         let grad = if L2 { self.l2_decay.mul_add(value, grad) } else { grad };
         let exp_avg = (grad - exp_avg).mul_add(self.one_minus_beta1, exp_avg);
@@ -219,14 +242,20 @@ impl<C: Compute> Scalars<C> {
     /// The new value of one element.
     #[inline(always)]
     fn value(&self, value: C, exp_avg: C, second_moment: C) -> C {
-        let direction = exp_avg / (second_moment.sqrt() + self.eps);
-        self.bounds.clamp(self.change.mul_add(direction, value * self.kept))
+        self.bounds.clamp(self.moved(value, exp_avg, second_moment, self.correction()))
+    }
+
+    /// The new value of one element, before any bounds and for these bias corrections.
+    #[inline(always)]
+    pub(crate) fn moved(&self, value: C, exp_avg: C, second_moment: C, [change, eps]: [C; 2]) -> C {
+        let direction = exp_avg / (second_moment.sqrt() + eps);
+        change.mul_add(direction, value * self.kept)
     }
 }
 
 /// The greater of two; NaN if either is, as `torch.maximum`.
 #[inline(always)]
-fn maximum<C: Compute>(a: C, b: C) -> C {
+pub(crate) fn maximum<C: Compute>(a: C, b: C) -> C {
     let a_stays = (a >= b) | a.is_nan();
     if a_stays { a } else { b }
 }
@@ -254,7 +283,7 @@ impl<C: Compute> Kernel for Update<'_, C> {
     fn run(self) {
         let Block { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq } = self.block;
         let scalars = *self.scalars;
-        let l2 = scalars.l2_decay != C::default();
+        let l2 = scalars.has_l2_decay();
         match (l2, max_exp_avg_sq) {
             (false, None) => running::<C, false>(value, grad, exp_avg, exp_avg_sq, scalars),
             (true, None) => running::<C, true>(value, grad, exp_avg, exp_avg_sq, scalars),

@@ -2,16 +2,14 @@
 
 mod reference;
 
-use std::num::NonZeroUsize;
-
 use paramstate::{
-    Adam, AdamTask, Bounds, DType, Execution, Isa, Layout, Order, OwnedBuffer, SecondMoment,
-    StridedLayout, adam_step, row_major,
+    Adam, AdamTask, Bounds, DType, Layout, Order, OwnedBuffer, SecondMoment, StridedLayout,
+    adam_step, row_major,
 };
 use proptest::prelude::*;
 use reference::{
-    Point, any_adam, any_bounds, any_dtype, assert_same, copy, filled, get, numbers, offsets,
-    operand_at, set, stored,
+    Point, any_adam, any_bounds, any_dtype, any_grad_strides, any_strides, assert_same, copy,
+    executions, filled, get, numbers, offsets, operand_at, set, stored,
 };
 
 /// Value, gradient, first and second moment, maximum.
@@ -85,6 +83,7 @@ impl Case {
             layout,
             scalars: self.adam.scalars(self.step, self.coefficient),
             bounds: self.bounds,
+            particulars: None,
         }
     }
 
@@ -120,12 +119,6 @@ impl Case {
     }
 }
 
-fn executions() -> impl Iterator<Item = Execution> {
-    Isa::available().into_iter().flat_map(|isa| {
-        [1, 2, 7].map(|threads| Execution { threads: NonZeroUsize::new(threads).unwrap(), isa })
-    })
-}
-
 /// Runs the cases in one call for each execution, and in reverse order, against the slow twin.
 fn check(cases: &[Case]) {
     let before: Vec<_> = cases.iter().map(Case::buffers).collect();
@@ -157,34 +150,6 @@ fn any_dtypes() -> impl Strategy<Value = [DType; SIDES]> {
         any_dtype().prop_map(|dtype| [dtype; SIDES]),
         prop::array::uniform5(any_dtype()),
     ]
-}
-
-/// The orders of three dimensions.
-const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
-
-/// Strides of some order of the dimensions, with gaps: transposed, sliced, or dense.
-fn any_strides(shape: [usize; 3]) -> impl Strategy<Value = Vec<isize>> {
-    (prop::sample::select(ORDERS.to_vec()), prop::array::uniform3(0usize..3)).prop_map(
-        move |(order, gaps)| {
-            let mut strides = vec![0; 3];
-            let mut stride = 1;
-            for dimension in order {
-                stride += gaps[dimension] as isize;
-                strides[dimension] = stride;
-                stride *= shape[dimension].max(1) as isize;
-            }
-            strides
-        },
-    )
-}
-
-/// Either of `any_strides`, or with some of them 0, as after `expand`.
-fn any_grad_strides(shape: [usize; 3]) -> impl Strategy<Value = Vec<isize>> {
-    (any_strides(shape), prop::array::uniform3(prop::bool::weighted(0.3))).prop_map(
-        |(strides, zero)| {
-            strides.into_iter().zip(zero).map(|(s, zero)| if zero { 0 } else { s }).collect()
-        },
-    )
 }
 
 type Place = (Vec<usize>, Option<[Vec<isize>; SIDES]>);

@@ -5,19 +5,13 @@ mod reference;
 use std::num::NonZeroUsize;
 
 use paramstate::{
-    Bounds, DType, Execution, Isa, OwnedBuffer, View, ViewLayout, clamp, scale, sum_of_squares,
+    Bounds, DType, Execution, OwnedBuffer, View, ViewLayout, clamp, scale, sum_of_squares,
 };
 use proptest::prelude::*;
 use reference::{
-    any_bounds, any_dtype, assert_same, copy, filled, get, numbers, offsets, operand_at, set,
-    stored,
+    any_bounds, any_dtype, assert_same, copy, executions, filled, get, numbers, offsets,
+    operand_at, set, stored,
 };
-
-fn executions() -> impl Iterator<Item = Execution> {
-    Isa::available().into_iter().flat_map(|isa| {
-        [1, 2, 7].map(|threads| Execution { threads: NonZeroUsize::new(threads).unwrap(), isa })
-    })
-}
 
 /// A dense tensor, or every third element of a transposed one.
 #[derive(Debug)]

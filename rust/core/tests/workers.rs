@@ -29,6 +29,7 @@ fn steps(threads: usize, tiny: f32) -> Vec<u32> {
         layout: Layout::Flat { len: LEN },
         scalars: Adam::default().scalars(1.0, 1.0),
         bounds: Bounds::default(),
+        particulars: None,
     };
     let execution = Execution::new(NonZeroUsize::new(threads).unwrap());
     // SAFETY: four buffers of their own, alive until the end.

@@ -7,6 +7,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use crate::outcome::{Place, Problem};
+use crate::particular::{Aging, Borrowing};
 use crate::running::Counter;
 use crate::state::Moments;
 
@@ -32,6 +33,10 @@ pub struct Findings<'py> {
     pub retyped: Vec<Place>,
     pub elsewhere: Vec<Place>,
     pub problems: Vec<Problem>,
+    /// Of the rows that grow no older in this step.
+    pub agings: Vec<Aging>,
+    /// What was declared lies here, and belongs to the parameter at this place.
+    pub borrowings: Vec<(Place, Borrowing)>,
 }
 
 /// The memory of the long lists, kept from one step to the next.

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod array;
 mod arrays;
+mod declared;
 mod dlpack;
 mod error;
 mod findings;
@@ -19,6 +20,7 @@ mod loans;
 mod lookup;
 mod memory;
 mod outcome;
+mod particular;
 mod reading;
 mod roster;
 mod running;

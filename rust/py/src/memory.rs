@@ -7,6 +7,7 @@
 use paramstate::{AdamTask, Layout, Operand, Order};
 
 use crate::findings::Findings;
+use crate::outcome::Problem;
 use crate::running::Counter;
 use crate::sharing;
 
@@ -82,6 +83,19 @@ impl Memory {
         self.key.truncate(self.cursor);
         self.key.extend_from_slice(words);
         self.cursor = end;
+    }
+
+    /// Adds to `findings` what was declared and lies in memory that the step writes.
+    pub fn check_borrowings(&self, findings: &mut Findings<'_>) {
+        let Some(verdict) = &self.verdict else { return };
+        for &(place, (start, end, key)) in &findings.borrowings {
+            let next = verdict.written.partition_point(|range| range.1 <= start);
+            if start < end && verdict.written.get(next).is_some_and(|range| range.0 < end) {
+                let problem = Problem::boxed("bound_overlap", key, &[], &[]);
+                let (group, index) = place;
+                findings.problems.push(Problem { group, index, ..*problem });
+            }
+        }
     }
 
     /// The order in which the tasks may run; adds to `findings` what may not run, or not here.

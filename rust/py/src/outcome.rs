@@ -1,5 +1,7 @@
 //! What one walk reports. All of it is data; the Python layer words the errors.
 
+use std::sync::atomic::Ordering;
+
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
@@ -11,20 +13,36 @@ pub type Place = (usize, usize);
 /// Why nothing was written, for one parameter.
 #[pyclass(frozen, get_all, module = "paramstate._core")]
 pub struct Problem {
-    /// "state_shape", "grad_shape", "expanded", "overlap" or "state_overlap".
+    /// "state_shape", "grad_shape", "expanded", "overlap" or "state_overlap"; of what was declared: "rows_length",
+    /// "rows_dtype", "rows_undeclared", "rows_ahead", "dim", "bound_shape", "bound_dtype" or "bound_overlap".
     pub kind: &'static str,
     /// The parameter's group.
     pub group: usize,
     /// The parameter's index in its group.
     pub index: usize,
-    /// The tensor that it is about: "value", "grad", or a name of a state tensor.
+    /// The tensor that it is about: "value", "grad", a name of a state tensor, or what was declared: "offsets",
+    /// "frozen_rows", "rows", "min", "max" or "norm".
     pub key: &'static str,
-    /// The parameter's shape.
+    /// The parameter's shape; "rows_length": the number of rows; "rows_ahead": the steps taken.
     pub expected: Vec<i64>,
-    /// The shape of the tensor named by `key`.
+    /// The shape of the tensor named by `key`; "rows_ahead": the greatest offset; "dim": the dimension.
     pub got: Vec<i64>,
     /// The parameter whose memory is shared, for the kinds that end in "overlap".
     pub other: Option<Place>,
+}
+
+impl Problem {
+    /// Of a parameter whose place is not known yet.
+    #[cold]
+    pub fn boxed(
+        kind: &'static str,
+        key: &'static str,
+        expected: &[i64],
+        got: &[i64],
+    ) -> Box<Self> {
+        let (expected, got) = (expected.to_vec(), got.to_vec());
+        Box::new(Self { kind, group: 0, index: 0, key, expected, got, other: None })
+    }
 }
 
 #[pymethods]
@@ -57,6 +75,9 @@ pub struct Outcome {
     pub written_grads: Py<PyList>,
     /// The global norm of the unscaled gradients, where `max_grad_norm` was given.
     pub grad_norm: Option<f64>,
+    /// (group, index, count) of the updated parameters that were declared with `count_at_bound`: how many of their
+    /// values are at a bound.
+    pub at_bound: Vec<(usize, usize, usize)>,
 }
 
 impl Outcome {
@@ -72,6 +93,7 @@ impl Outcome {
             updated: none(),
             written_grads: none(),
             grad_norm: None,
+            at_bound: Vec::new(),
         }
     }
 
@@ -82,6 +104,11 @@ impl Outcome {
         written_grads: Bound<'_, PyList>,
         grad_norm: Option<f64>,
     ) -> PyResult<Self> {
+        let counted = findings.tasks.iter().zip(&findings.origins).filter_map(|(task, origin)| {
+            let count = task.particulars.as_ref()?.at_bound.as_ref()?.load(Ordering::Relaxed);
+            Some((origin.place.0, origin.place.1, count))
+        });
+        let at_bound = if updated.is_empty() { Vec::new() } else { counted.collect() };
         let py = updated.py();
         let problems = findings.problems.drain(..).map(|problem| Py::new(py, problem));
         Ok(Self {
@@ -93,6 +120,7 @@ impl Outcome {
             updated: updated.unbind(),
             written_grads: written_grads.unbind(),
             grad_norm,
+            at_bound,
         })
     }
 }

@@ -9,11 +9,13 @@ use paramstate::{
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::declared::Declarations;
 use crate::findings::{Findings, Origin};
 use crate::foresight::{Descriptions, Foresight};
 use crate::geometry::Density;
 use crate::memory::{Memory, written};
 use crate::outcome::{Place, Problem};
+use crate::particular::{self, Aging, Borrowing, Look, Versions};
 use crate::roster::{KEYS, Row};
 use crate::running::Counter;
 use crate::state::{Cursor, Moments, Names};
@@ -27,6 +29,7 @@ pub struct Reader<'py, 'a> {
     pub cursor: Cursor,
     pub memory: &'a mut Memory,
     pub foresight: &'a mut Foresight,
+    pub declarations: &'a mut Declarations,
 }
 
 /// All that was read of one parameter.
@@ -34,6 +37,8 @@ struct Entry {
     task: AdamTask,
     counter: Counter,
     descriptions: Descriptions,
+    aging: Option<Aging>,
+    borrowings: Vec<Borrowing>,
 }
 
 /// The settings of one group.
@@ -68,6 +73,10 @@ impl<'py> Reader<'py, '_> {
         findings: &mut Findings<'py>,
     ) -> PyResult<()> {
         let parameter = row.parameter.bind_borrowed(self.state.py());
+        if row.declared.is_some_and(|place| self.declarations.is_frozen(place)) {
+            self.cursor.pass(&self.state, parameter);
+            return Ok(());
+        }
         let Some(grad) = tensor::gradient(parameter)? else {
             self.cursor.pass(&self.state, parameter);
             return Ok(());
@@ -89,7 +98,12 @@ impl<'py> Reader<'py, '_> {
             self.task(row, &grad, &moments, group, Negation::Unknown)
         };
         match result {
-            Ok(Entry { task, counter, descriptions }) => {
+            Ok(Entry { task, mut counter, descriptions, aging, borrowings }) => {
+                if let Some(aging) = aging {
+                    counter.aging = Some(findings.agings.len());
+                    findings.agings.push(aging);
+                }
+                findings.borrowings.extend(borrowings.into_iter().map(|memory| (place, memory)));
                 self.foresight.remember(index, descriptions);
                 if is_retyped(row, &task) {
                     findings.retyped.push(place);
@@ -119,7 +133,7 @@ impl<'py> Reader<'py, '_> {
     /// For tensors that are used for the first time, and those whose layout leaves a pending negation open.
     #[cold]
     fn task_once_asked(
-        &self,
+        &mut self,
         row: &Row,
         grad: &Bound<'py, PyAny>,
         moments: &Moments<'py>,
@@ -147,15 +161,19 @@ impl<'py> Reader<'py, '_> {
 
     #[inline]
     fn task(
-        &self,
+        &mut self,
         row: &Row,
         grad: &Bound<'py, PyAny>,
         moments: &Moments<'py>,
         group: &Group,
         negation: Negation,
     ) -> Result<Entry, Otherwise> {
-        // SAFETY: nothing in this function runs Python code before the last use of a reading, but for readings that fail,
-        // and then none is used.
+        let versions = match row.declared {
+            Some(place) => particular::versions(grad.py(), self.declarations.at(place)),
+            None => Versions::default(),
+        };
+        // SAFETY: nothing below runs Python code before the last use of a reading, but for readings that fail, and then
+        // none is used.
         let read = |object| unsafe { self.read_one(object) };
         let value = read(row.parameter.bind(grad.py()))?;
         let gradient = read(grad)?;
@@ -187,7 +205,30 @@ impl<'py> Reader<'py, '_> {
         let Tensors { value, exp_avg, exp_avg_sq, .. } = &tensors;
         let descriptions = [value, &step, exp_avg, exp_avg_sq].map(|reading| reading.described_at);
         let counter = Counter::new(&step, group.index);
-        Ok(Entry { task: tensors.task(row, group)?, counter, descriptions })
+        let mut task = tensors.task(row, group)?;
+        let (mut aging, mut borrowings) = (None, Vec::new());
+        if let Some(place) = row.declared {
+            // SAFETY: the counter was just read.
+            let step = unsafe { counter.peek() };
+            let (py, torch, value) = (grad.py(), self.torch, &tensors.value);
+            let (layout, adam, borrowings_found) = (&task.layout, &group.adam, Vec::new());
+            let look = Look {
+                py,
+                torch,
+                value,
+                layout,
+                adam,
+                step,
+                versions,
+                borrowings: borrowings_found,
+            };
+            // SAFETY: no Python code has run since the value was read.
+            let particular = unsafe { look.particular(self.declarations.at(place)) };
+            let particular = particular.map_err(Otherwise::Refused)?;
+            task.particulars = Some(particular.particulars);
+            (aging, borrowings) = (particular.aging, particular.borrowings);
+        }
+        Ok(Entry { task, counter, descriptions, aging, borrowings })
     }
 }
 
@@ -244,6 +285,7 @@ impl<'a> Tensors<'a> {
             layout: self.layout(),
             scalars: group.scalars,
             bounds: row.bounds,
+            particulars: None,
         })
     }
 

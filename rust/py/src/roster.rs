@@ -9,8 +9,10 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
+use crate::declared::Declarations;
 use crate::lender::Loan;
 use crate::loans::Loans;
+use crate::outcome::Place;
 use crate::state::NAMES;
 use crate::store::Store;
 
@@ -22,6 +24,8 @@ pub struct Row {
     pub parameter: Py<PyAny>,
     pub id: ParamId,
     pub bounds: Bounds,
+    /// Where something was declared for it: the place among the declarations.
+    pub declared: Option<usize>,
     /// The value's dtype at its last step.
     pub dtype: Option<DType>,
     /// The addresses of the objects that the store was lent under `KEYS`; 0 for none. They are compared, never
@@ -32,7 +36,7 @@ pub struct Row {
 
 impl Row {
     fn new(parameter: Py<PyAny>, id: ParamId) -> Self {
-        Self { parameter, id, bounds: Bounds::default(), dtype: None, lent: [0; 5] }
+        Self { parameter, id, bounds: Bounds::default(), declared: None, dtype: None, lent: [0; 5] }
     }
 }
 
@@ -77,6 +81,20 @@ impl Roster {
             roster.all = Some(PyList::new(py, all)?.unbind());
         }
         Ok(roster)
+    }
+
+    /// Looks up what is declared for each parameter.
+    pub fn link(&mut self, declarations: &Declarations) {
+        for row in &mut self.rows {
+            row.declared = declarations.place(row.id);
+        }
+    }
+
+    /// The first place of a parameter.
+    pub fn place(&self, id: ParamId) -> Option<Place> {
+        let row = self.rows.iter().position(|row| row.id == id)?;
+        let group = self.groups.iter().position(|group| group.contains(&row))?;
+        Some((group, row - self.groups[group].start))
     }
 
     /// Whether `params` holds the enrolled objects, in the enrolled order.

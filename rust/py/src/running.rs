@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 
 use paramstate::{
     AdamTask, DType, Execution, Extent, Layout, Order, View, ViewLayout, adam_step,
-    clip_coefficient, prefetch, scale, sum_of_squares,
+    clip_coefficient, gradient_squares, prefetch, scale,
 };
 
+use crate::particular::Aging;
 use crate::reading::Group;
 use crate::tensor::{Element, Reading};
 
@@ -17,6 +18,8 @@ pub struct Counter {
     element: Element,
     /// The group whose settings the parameter's step takes.
     pub group: usize,
+    /// Which of the agings goes with it.
+    pub aging: Option<usize>,
 }
 
 // SAFETY: an address and two tags; who follows the address sees to it that nobody else does.
@@ -26,18 +29,38 @@ unsafe impl Sync for Counter {}
 
 impl Counter {
     pub const fn new(step: &Reading<'_>, group: usize) -> Self {
-        Self { ptr: step.ptr, element: step.element, group }
+        Self { ptr: step.ptr, element: step.element, group, aging: None }
     }
 
     /// Whether a tensor is one number that can be counted in without losing counts.
     pub fn can_count(step: &Reading<'_>) -> bool {
-        let is_short = matches!(step.element, Element::Float(DType::Bf16 | DType::F16));
+        let is_short =
+            matches!(step.element, Element::Float(DType::Bf16 | DType::F16) | Element::Bool);
         step.len == 1 && !is_short
     }
 
     pub fn extent(&self) -> Extent {
         let (start, itemsize) = (self.ptr.addr(), self.element.size());
         Extent { start, itemsize, shape: vec![1], strides: vec![1] }
+    }
+
+    /// The count.
+    ///
+    /// # Safety
+    ///
+    /// As for `count`.
+    pub unsafe fn peek(self) -> f64 {
+        match self.element {
+            // SAFETY: the caller's contract, and the element was read to be an int64.
+            Element::Int64 => unsafe { self.ptr.cast::<i64>().read_unaligned() as f64 },
+            // SAFETY: the caller's contract, and the element was read to be an int32.
+            Element::Int32 => unsafe { self.ptr.cast::<i32>().read_unaligned().into() },
+            // SAFETY: the caller's contract, and the element was read to be a float64.
+            Element::Float(DType::F64) => unsafe { self.ptr.cast::<f64>().read_unaligned() },
+            // SAFETY: the caller's contract, and `can_count` leaves float32 alone of the others.
+            Element::Float(_) => unsafe { self.ptr.cast::<f32>().read_unaligned().into() },
+            Element::Bool => unreachable!("`can_count` refuses it"),
+        }
     }
 
     /// Counts one step and returns the new count.
@@ -79,6 +102,7 @@ impl Counter {
                 unsafe { at.write_unaligned(next) };
                 next.into()
             }
+            Element::Bool => unreachable!("`can_count` refuses it"),
         }
     }
 }
@@ -99,6 +123,7 @@ const AHEAD: usize = 16;
 pub struct Run<'a> {
     pub tasks: &'a mut [AdamTask],
     pub counters: &'a [Counter],
+    pub agings: &'a [Aging],
     pub groups: &'a [Group],
     /// The gradients to unscale in place, each memory once.
     pub unscale: Vec<View>,
@@ -137,6 +162,15 @@ impl Run<'_> {
                 latest = (counter.group, step, Some(scalars));
             }
             task.scalars = latest.2.unwrap_or(task.scalars);
+            if let Some(particulars) = &mut task.particulars {
+                if let Some(rows) = &mut particulars.rows {
+                    rows.correct(&self.groups[counter.group].adam, step);
+                }
+                if let Some(aging) = counter.aging {
+                    // SAFETY: the caller's contract.
+                    unsafe { self.agings[aging].age() };
+                }
+            }
         }
         // SAFETY: the caller's contract.
         unsafe { adam_step(self.tasks, self.order, &execution) };
@@ -150,9 +184,8 @@ impl Run<'_> {
     /// As for `run`.
     unsafe fn grad_norm(&self, execution: &Execution) -> Option<f64> {
         self.request.max_grad_norm?;
-        let views: Vec<View> = self.tasks.iter().map(gradient_view).collect();
         // SAFETY: the caller's contract.
-        let squares = unsafe { sum_of_squares(&views, execution) };
+        let squares = unsafe { gradient_squares(self.tasks, execution) };
         let elsewhere = self.request.elsewhere_squares.unwrap_or(0.0);
         Some((squares + elsewhere).sqrt() / self.request.grad_scale.unwrap_or(1.0))
     }

@@ -33,7 +33,7 @@ use crate::lookup::{Key, all_names, known};
 ///        [0.9, 0.9, 0.9]])
 /// >>> store.state("weight")["step"]
 /// 1.0
-#[pyclass(frozen, module = "paramstate._core")]
+#[pyclass(frozen, weakref, module = "paramstate._core")]
 pub struct Store {
     loans: Mutex<Loans>,
 }

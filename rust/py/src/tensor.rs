@@ -43,6 +43,7 @@ pub enum Element {
     Float(DType),
     Int64,
     Int32,
+    Bool,
 }
 
 /// What a tensor is made of; valid as long as no Python code runs.
@@ -62,7 +63,7 @@ impl Reading<'_> {
     pub fn operand(&self) -> Option<Operand> {
         match self.element {
             Element::Float(dtype) => Some(Operand { ptr: self.ptr, dtype }),
-            Element::Int64 | Element::Int32 => None,
+            Element::Int64 | Element::Int32 | Element::Bool => None,
         }
     }
 
@@ -81,6 +82,7 @@ impl Element {
         const INT: u8 = 0;
         const FLOAT: u8 = 2;
         const BFLOAT: u8 = 4;
+        const BOOL: u8 = 6;
         Some(match (dtype.code, dtype.bits, dtype.lanes) {
             (FLOAT, 32, 1) => Self::Float(DType::F32),
             (BFLOAT, 16, 1) => Self::Float(DType::Bf16),
@@ -88,6 +90,7 @@ impl Element {
             (FLOAT, 16, 1) => Self::Float(DType::F16),
             (INT, 64, 1) => Self::Int64,
             (INT, 32, 1) => Self::Int32,
+            (BOOL, 8, 1) => Self::Bool,
             _ => return None,
         })
     }
@@ -98,6 +101,7 @@ impl Element {
             Self::Float(DType::F64) | Self::Int64 => 8,
             Self::Float(DType::F32) | Self::Int32 => 4,
             Self::Float(DType::Bf16 | DType::F16) => 2,
+            Self::Bool => 1,
         }
     }
 }

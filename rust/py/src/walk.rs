@@ -7,16 +7,18 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use paramstate::{Adam, Decay, Direction, SecondMoment};
-use pyo3::exceptions::PyRuntimeError;
+use paramstate::{Adam, Decay, Direction, ParamId, SecondMoment};
+use pyo3::exceptions::{PyKeyError, PyRuntimeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 
+use crate::declared::{Declarations, Declared, Norm, NormArgument};
+use crate::error::to_python;
 use crate::findings::{Findings, Room};
 use crate::foresight::Foresight;
 use crate::memory::Memory;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Problem};
 use crate::reading::{Group, Reader};
 use crate::roster::Roster;
 use crate::running::{Request, Run};
@@ -44,6 +46,9 @@ struct Inner {
     foresight: Foresight,
     room: Room,
     slots: Slots,
+    declarations: Declarations,
+    /// Whether the roster knows of the latest declarations.
+    linked: bool,
 }
 
 #[pymethods]
@@ -66,14 +71,77 @@ impl Walk {
             roster.succeed(&inner.roster);
             roster.renew(py, self.store.get());
             inner.memory = Memory::default();
+            inner.linked = false;
             std::mem::replace(&mut inner.roster, roster)
         };
         drop(former);
         Ok(())
     }
 
-    /// Steps every parameter that has a gradient.
-    #[pyo3(signature = (params, state, settings, *, threads, max_grad_norm, grad_scale, elsewhere_squares))]
+    /// Declares for one ID, in the place of all that was declared for it; without arguments, nothing. It stays when the
+    /// roster changes.
+    ///
+    /// Args:
+    ///     id: the parameter's.
+    ///     frozen: as if the parameter had no gradient.
+    ///     dim: the dimension of the rows.
+    ///     offsets: how many steps less than the parameter each row has taken: int64, one-dimensional, dense. Rows that a
+    ///         step skips have theirs counted up in place, and the tensor's version is not.
+    ///     frozen_rows: where it is true, a row keeps its very bits; bool, one-dimensional, dense.
+    ///     min, max: bounds of each element, of any shape that broadcasts; in the place of the store's on that side.
+    ///     count_at_bound: whether `Outcome.at_bound` tells how many values are at a bound.
+    ///     zero_at_bound: whether exp_avg is zeroed where a bound holds a value back.
+    ///     norm: ("at_most" or "exactly", the limit, the dimensions that the norm is over; None: all).
+    ///
+    /// Raises ValueError for a norm that cannot be held. The tensors are read at each step: see `Problem`.
+    #[pyo3(signature = (id, *, frozen=false, dim=0, offsets=None, frozen_rows=None, min=None, max=None, count_at_bound=false, zero_at_bound=false, norm=None),
+        text_signature = "($self, id, *, frozen=False, dim=0, offsets=None, frozen_rows=None, min=None, max=None, count_at_bound=False, zero_at_bound=False, norm=None)")]
+    #[expect(clippy::too_many_arguments, reason = "they are the keywords of the Python method")]
+    fn declare(
+        &self,
+        id: u64,
+        frozen: bool,
+        dim: isize,
+        offsets: Option<Py<PyAny>>,
+        frozen_rows: Option<Py<PyAny>>,
+        min: Option<Py<PyAny>>,
+        max: Option<Py<PyAny>>,
+        count_at_bound: bool,
+        zero_at_bound: bool,
+        norm: Option<NormArgument>,
+    ) -> PyResult<()> {
+        let id = ParamId::new(id).map_err(to_python)?;
+        let norm = norm.map(Norm::new).transpose()?;
+        let (named, sorted) = (None, None);
+        let declared = Declared {
+            frozen,
+            dim,
+            offsets,
+            frozen_rows,
+            named,
+            min,
+            max,
+            count_at_bound,
+            zero_at_bound,
+            norm,
+            sorted,
+        };
+        let former = {
+            let mut inner = self.enter()?;
+            inner.linked = false;
+            inner.declarations.replace(id, declared)
+        };
+        drop(former);
+        Ok(())
+    }
+
+    /// The IDs for which anything is declared.
+    fn declared(&self) -> PyResult<Vec<u64>> {
+        Ok(self.enter()?.declarations.ids())
+    }
+
+    /// Steps every parameter that has a gradient. `rows` holds IDs, each with a mask of the rows that are updated this time.
+    #[pyo3(signature = (params, state, settings, *, threads, max_grad_norm, grad_scale, elsewhere_squares, rows=None))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of the Python method")]
     fn step(
         &self,
@@ -85,6 +153,7 @@ impl Walk {
         max_grad_norm: Option<f64>,
         grad_scale: Option<f64>,
         elsewhere_squares: Option<f64>,
+        rows: Option<Vec<(u64, Py<PyAny>)>>,
     ) -> PyResult<Outcome> {
         let request = Request { threads, max_grad_norm, grad_scale, elsewhere_squares };
         let groups: Vec<Group> = settings.into_iter().enumerate().map(Group::from).collect();
@@ -92,8 +161,20 @@ impl Walk {
         if !inner.roster.matches(&params) || groups.len() != params.len() {
             return Ok(Outcome::stale(py));
         }
-        let mut findings = self.read(&mut inner, state, &groups)?;
+        inner.link();
+        let unnameable = match rows {
+            Some(rows) => inner.name_rows(rows)?,
+            None => Vec::new(),
+        };
+        let findings = self.read(&mut inner, state, &groups);
+        // Held until the step is done.
+        let _named = inner.declarations.unname();
+        let mut findings = findings?;
+        findings.problems.extend(unnameable);
         let order = inner.memory.judge(&mut findings);
+        if !findings.borrowings.is_empty() {
+            inner.memory.check_borrowings(&mut findings);
+        }
         let unscale = match grad_scale {
             Some(_) => scaling::of_gradients(&mut findings),
             None => Vec::new(),
@@ -105,8 +186,8 @@ impl Walk {
             findings.vacate(&mut inner.room);
             return outcome;
         }
-        let Findings { tasks, counters, .. } = &mut findings;
-        let run = Run { tasks, counters, groups: &groups, unscale, order, request };
+        let Findings { tasks, counters, agings, .. } = &mut findings;
+        let run = Run { tasks, counters, agings, groups: &groups, unscale, order, request };
         // SAFETY: everything was just read, `findings` holds the objects, and `judge` gave the order. Another thread that
         // used these tensors at the same time would race with any operation of torch, too.
         let grad_norm = py.detach(|| unsafe { run.run() });
@@ -139,6 +220,7 @@ impl Walk {
         let Ok(inner) = self.inner.try_lock() else { return Ok(()) };
         inner.roster.rows.iter().try_for_each(|row| visit.call(&row.parameter))?;
         inner.roster.all.iter().try_for_each(|all| visit.call(all))?;
+        inner.declarations.traverse(&visit)?;
         inner.slots.traverse(&visit)
     }
 
@@ -167,13 +249,13 @@ impl Walk {
         groups: &[Group],
     ) -> PyResult<Findings<'py>> {
         let py = state.py();
-        let Inner { roster, memory, foresight, room, .. } = inner;
+        let Inner { roster, memory, foresight, room, declarations, .. } = inner;
         roster.renew(py, self.store.get());
         memory.begin();
         foresight.resize(roster.rows.len());
         let mut findings = Findings::within(room);
         let (torch, names, cursor) = (Torch::get(py)?, &self.names, Cursor::new());
-        let mut reader = Reader { torch, names, state, cursor, memory, foresight };
+        let mut reader = Reader { torch, names, state, cursor, memory, foresight, declarations };
         for (group, rows) in groups.iter().zip(&roster.groups) {
             for (index, row) in rows.clone().enumerate() {
                 let place = (group.index, index);
@@ -186,6 +268,35 @@ impl Walk {
 }
 
 impl Inner {
+    /// Tells the roster of new declarations.
+    fn link(&mut self) {
+        if !self.linked {
+            self.roster.link(&self.declarations);
+            self.linked = true;
+        }
+    }
+
+    /// Notes the rows that this step is for; returns a problem for each parameter whose rows have no steps of their own.
+    fn name_rows(&mut self, rows: Vec<(u64, Py<PyAny>)>) -> PyResult<Vec<Problem>> {
+        let find = |(id, mask)| {
+            let id = ParamId::new(id).map_err(to_python)?;
+            let unknown = || PyKeyError::new_err(format!("no enrolled parameter has ID {id}"));
+            Ok((id, mask, self.roster.place(id).ok_or_else(unknown)?))
+        };
+        let rows: Vec<_> = rows.into_iter().map(find).collect::<PyResult<_>>()?;
+        let mut problems = Vec::new();
+        for (id, mask, (group, index)) in rows {
+            match self.declarations.place(id) {
+                Some(place) => self.declarations.at(place).named = Some(mask),
+                None => {
+                    let problem = Problem::boxed("rows_undeclared", "rows", &[], &[]);
+                    problems.push(Problem { group, index, ..*problem });
+                }
+            }
+        }
+        Ok(problems)
+    }
+
     /// After the step: what was written, and what the store is lent from now on.
     fn conclude(
         &mut self,

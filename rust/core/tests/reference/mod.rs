@@ -2,7 +2,11 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use paramstate::{Adam, Bounds, DType, Decay, Direction, Operand, OwnedBuffer, bf16, f16};
+use std::num::NonZeroUsize;
+
+use paramstate::{
+    Adam, Bounds, DType, Decay, Direction, Execution, Isa, Operand, OwnedBuffer, bf16, f16,
+};
 use proptest::prelude::*;
 
 pub const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::Bf16, DType::F16];
@@ -223,4 +227,39 @@ pub fn any_adam() -> impl Strategy<Value = Adam> {
         .prop_map(|(lr, beta1, beta2, eps, weight_decay, decay, direction, second_moment)| {
             Adam { lr, beta1, beta2, eps, weight_decay, decay, direction, second_moment }
         })
+}
+
+/// Every instruction set that this machine has, each with a few numbers of threads.
+pub fn executions() -> impl Iterator<Item = Execution> {
+    Isa::available().into_iter().flat_map(|isa| {
+        [1, 2, 7].map(|threads| Execution { threads: NonZeroUsize::new(threads).unwrap(), isa })
+    })
+}
+
+/// The orders of three dimensions.
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+
+/// Strides of some order of the dimensions, with gaps: transposed, sliced, or dense.
+pub fn any_strides(shape: [usize; 3]) -> impl Strategy<Value = Vec<isize>> {
+    (prop::sample::select(ORDERS.to_vec()), prop::array::uniform3(0usize..3)).prop_map(
+        move |(order, gaps)| {
+            let mut strides = vec![0; 3];
+            let mut stride = 1;
+            for dimension in order {
+                stride += gaps[dimension] as isize;
+                strides[dimension] = stride;
+                stride *= shape[dimension].max(1) as isize;
+            }
+            strides
+        },
+    )
+}
+
+/// Either of `any_strides`, or with some of them 0, as after `expand`.
+pub fn any_grad_strides(shape: [usize; 3]) -> impl Strategy<Value = Vec<isize>> {
+    (any_strides(shape), prop::array::uniform3(prop::bool::weighted(0.3))).prop_map(
+        |(strides, zero)| {
+            strides.into_iter().zip(zero).map(|(s, zero)| if zero { 0 } else { s }).collect()
+        },
+    )
 }

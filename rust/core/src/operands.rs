@@ -1,0 +1,113 @@
+//! The operands of one update as the loops take them, block by block.
+
+use std::ops::Range;
+
+use crate::element::Compute;
+use crate::layout::Steps;
+use crate::side::{Blocks, Side};
+use crate::update::Block;
+use crate::{AdamTask, Isa, Layout, StridedLayout};
+
+/// The sides of one task.
+pub(crate) struct Operands<'a> {
+    pub value: Side<'a>,
+    pub grad: Side<'a>,
+    exp_avg: Side<'a>,
+    exp_avg_sq: Side<'a>,
+    max_exp_avg_sq: Option<Side<'a>>,
+}
+
+impl<'a> Operands<'a> {
+    pub(crate) fn new<C: Compute>(task: &'a AdamTask) -> Self {
+        let side =
+            |operand, strides: StridesOf| Side::new::<C>(operand, steps(&task.layout, strides));
+        Self {
+            value: side(task.value, |layout| &layout.value),
+            grad: Self::grad::<C>(task),
+            exp_avg: side(task.exp_avg, |layout| &layout.exp_avg),
+            exp_avg_sq: side(task.exp_avg_sq, |layout| &layout.exp_avg_sq),
+            max_exp_avg_sq: task
+                .max_exp_avg_sq
+                .map(|max| side(max, |layout| &layout.max_exp_avg_sq)),
+        }
+    }
+
+    /// The gradient by itself.
+    pub(crate) fn grad<C: Compute>(task: &'a AdamTask) -> Side<'a> {
+        Side::new::<C>(task.grad, steps(&task.layout, |layout| &layout.grad)).apart_from(task.value)
+    }
+
+    /// Whether no block goes through scratch.
+    pub(crate) fn in_place(&self) -> bool {
+        self.written().all(|side| side.in_place) && self.grad.in_place
+    }
+
+    fn written(&self) -> impl Iterator<Item = &Side<'a>> {
+        [&self.value, &self.exp_avg, &self.exp_avg_sq].into_iter().chain(&self.max_exp_avg_sq)
+    }
+
+    /// Asks for the beginning of `part`, before something is prepared for it in which memory would
+    /// have nothing to do.
+    pub(crate) fn prefetch(&self, part: &Range<usize>) {
+        self.written().chain([&self.grad]).for_each(|side| side.prefetch(part));
+    }
+
+    /// The elements `part`; `close` ends it.
+    ///
+    /// # Safety
+    /// As [`adam_step`](crate::adam_step), for these elements of the task. `C` is the type given to
+    /// `new`. Unless all is in place, `part` is no longer than a block of scratch.
+    pub(crate) unsafe fn open<'b, C: Compute>(
+        &self,
+        part: &Range<usize>,
+        blocks: &'b mut Blocks<C>,
+        isa: Isa,
+    ) -> Block<'b, C> {
+        let Blocks { value: a, grad: b, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e } = blocks;
+        Block {
+            // SAFETY: the caller's contract: ours alone to read and write; `a` serves no other side.
+            value: unsafe { self.value.open(part.clone(), a, isa) },
+            // SAFETY: the caller's contract: readable, and apart from what is written.
+            grad: unsafe { self.grad.read(part.clone(), b, isa) },
+            // SAFETY: as for the value.
+            exp_avg: unsafe { self.exp_avg.open(part.clone(), c, isa) },
+            // SAFETY: as for the value.
+            exp_avg_sq: unsafe { self.exp_avg_sq.open(part.clone(), d, isa) },
+            max_exp_avg_sq: self.max_exp_avg_sq.as_ref().map(|max| {
+                // SAFETY: as for the value.
+                unsafe { max.open(part.clone(), e, isa) }
+            }),
+        }
+    }
+
+    /// Stores what was written to the block that `open` gave; where `active` is false, nothing.
+    ///
+    /// # Safety
+    /// `open` was called with the same part and blocks, and what it asks for still holds.
+    #[inline]
+    pub(crate) unsafe fn close<C: Compute>(
+        &self,
+        part: &Range<usize>,
+        blocks: &Blocks<C>,
+        active: Option<&[bool]>,
+        isa: Isa,
+    ) {
+        let Blocks { value: a, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e, .. } = blocks;
+        for (side, scratch) in self.written().zip([a, c, d, e]) {
+            // SAFETY: the caller's contract.
+            unsafe { side.close(part.clone(), scratch, active, isa) };
+        }
+    }
+}
+
+/// Picks one operand's strides.
+type StridesOf = fn(&StridedLayout) -> &Vec<isize>;
+
+fn steps(layout: &Layout, strides: StridesOf) -> Steps<'_> {
+    match layout {
+        Layout::Flat { .. } => Steps::Dense,
+        Layout::Strided(layout) => {
+            Steps::Strided { shape: &layout.shape, strides: strides(layout) }
+        }
+    }
+}

@@ -1,0 +1,290 @@
+"""Edit sessions: the exact original comes back, or the edit stays; and one knows which of the two one holds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import paramstate
+from paramstate import EditError, edit
+from paramstate.captures import same_bits
+from small_models import Net, assert_same_bits, give_gradient, state_by_name, train
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_holds(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert same_bits(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_original_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    with torch.no_grad():
+        net.first.weight[0, 0] = float("nan")
+        net.first.weight[0, 1] = -0.0
+    before = bits(net)
+    with edit(net, "first") as session:
+        net.first.weight.data.mul_(1.1).add_(0.3)
+        net.first.bias = nn.Parameter(torch.ones(2, dtype=dtype))
+        assert session.is_edited
+    assert_holds(net, before)
+    assert not session.is_open
+
+
+def test_the_original_comes_back_after_an_exception() -> None:
+    net = Net()
+    before = bits(net)
+
+    def fail_midway() -> None:
+        with edit(net):
+            net.second.weight.data.zero_()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_midway()
+    assert_holds(net, before)
+
+
+def test_a_replaced_parameter_is_the_original_object_again() -> None:
+    net = Net()
+    original = net.first.weight
+    with edit(net):
+        net.first.weight = nn.Parameter(torch.zeros(5, 5))
+    assert net.first.weight is original
+
+
+def test_buffers_and_requires_grad_come_back() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    before = bits(net)
+    with edit(net, "1"):
+        net(torch.randn(8, 2))
+        net.requires_grad_(False)
+        assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+    assert_holds(net, before)
+    assert net[1].weight.requires_grad
+    assert not net[0].weight.requires_grad, "what was not selected is left alone"
+
+
+def test_some_parameters_are_restored_and_others_stay_edited() -> None:
+    net = Net()
+    before = bits(net)
+    with edit(net) as session:
+        net.first.weight.data.add_(1.0)
+        net.second.weight.data.add_(1.0)
+        session.restore("first.weight")
+        assert torch.equal(net.first.weight, before["first.weight"])
+        assert [change.name for change in session.changes()] == ["second.weight"]
+        session.commit()
+    assert torch.equal(net.second.weight, before["second.weight"] + 1.0)
+
+
+def test_undo_and_redo_walk_the_history() -> None:
+    net = Net()
+    base = net.first.bias.detach().clone()
+    with edit(net, "first.bias") as session:
+        for label in ("one", "two"):
+            net.first.bias.data.add_(1.0)
+            session.mark(label)
+        assert session.history == ["base", "one", "two"]
+        session.undo()
+        assert torch.equal(net.first.bias, base + 1.0)
+        session.redo()
+        assert torch.equal(net.first.bias, base + 1.0 + 1.0)
+        session.undo()
+        session.undo()
+        assert torch.equal(net.first.bias, base)
+        with pytest.raises(EditError, match="nothing to undo"):
+            session.undo()
+        session.redo()
+        net.first.bias.data.mul_(3.0)
+        with pytest.raises(EditError, match="nothing to redo"):
+            session.redo()
+        assert session.history == ["base", "one", "edit"], "a change after an undo forgets what was undone"
+
+
+def test_toggle_changes_between_the_original_and_the_edit() -> None:
+    net = Net()
+    base = net.first.bias.detach().clone()
+    with edit(net, "first") as session:
+        with pytest.raises(EditError, match="no edit"):
+            session.toggle()
+        net.first.bias.data.add_(1.0)
+        edited = net.first.bias.detach().clone()
+        for expected in (base, edited, base, edited):
+            session.toggle()
+            assert torch.equal(net.first.bias, expected)
+        assert session.is_edited
+
+
+def test_nested_edits_are_a_stack() -> None:
+    net = Net()
+    before = bits(net)
+    with edit(net) as outer:
+        net.first.weight.data.add_(1.0)
+        middle = bits(net)
+        with edit(net, "first") as inner:
+            net.first.weight.data.add_(1.0)
+            with pytest.raises(EditError, match="inside this one is still open"):
+                outer.undo()
+            assert inner.is_edited
+        assert_holds(net, middle)
+        with edit(net, "first") as inner:
+            net.first.weight.data.add_(5.0)
+            inner.commit()
+        assert torch.equal(net.first.weight, middle["first.weight"] + 5.0)
+    assert_holds(net, before)
+
+
+def test_a_committed_edit_stays_and_what_follows_it_goes() -> None:
+    net = Net()
+    with edit(net) as session:
+        net.first.weight.data.fill_(2.0)
+        session.commit()
+        assert not session.is_edited
+        net.first.weight.data.fill_(3.0)
+    assert torch.equal(net.first.weight, torch.full((2, 3), 2.0))
+    assert [change.name for change in session.changes()] == ["first.weight"]
+
+
+def test_a_closed_session_refuses_work_and_keeps_its_record() -> None:
+    net = Net()
+    session = edit(net)
+    net.first.weight.data.add_(1.0)
+    session.close()
+    session.close()  # a second time changes nothing
+    (change,) = session.changes()
+    assert (change.name, change.replaced) == ("first.weight", False)
+    assert change.max_change == pytest.approx(1.0)
+    for call in (session.undo, session.redo, session.toggle, session.restore, session.commit):
+        with pytest.raises(EditError, match="closed"):
+            call()
+
+
+def test_an_unknown_name_restores_nothing() -> None:
+    net = Net()
+    with edit(net) as session:
+        net.first.weight.data.add_(1.0)
+        with pytest.raises(paramstate.UnknownParameterError, match=r"first\.wait"):
+            session.restore("first.weight", "first.wait")
+        assert session.is_edited
+
+
+def test_copies_are_of_the_selected_parameters_only_and_shared_between_steps() -> None:
+    net = Net()
+    with edit(net, "first") as session:
+        assert set(session.base()) == {"first.weight", "first.bias"}
+        net.first.bias.data.add_(1.0)
+        session.mark()
+        before, after = (step.values["first.weight"] for step in session._history)
+        assert before is after
+
+
+def test_copies_go_to_the_device_that_is_asked_for() -> None:
+    with edit(Net(), device="cpu") as session:
+        assert {tensor.device.type for tensor in session.base().values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("state", ["keep", "snapshot", "reset"])
+def test_training_goes_on_after_an_edit_as_if_there_had_been_none(state: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    straight, straight_opt = copy.deepcopy((net, opt))
+    train(net, opt, range(3))
+    with opt.edit("first", state=state):
+        net.first.weight.data.zero_()
+        net.second.weight.data  # noqa: B018  looked at, not edited
+    train(net, opt, range(3, 6))
+    train(straight, straight_opt, range(6))
+    assert_same_bits(state_by_name(net, opt), state_by_name(straight, straight_opt))
+
+
+def test_a_snapshot_of_state_undoes_steps_that_were_taken_inside() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(3))
+    before = state_by_name(net, opt)
+    with opt.edit(state="snapshot"):
+        train(net, opt, range(3, 5))
+    assert_same_bits(state_by_name(net, opt), before)
+
+
+def test_kept_state_is_what_the_steps_inside_made_of_it() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(3))
+    with opt.edit("first.weight"):
+        give_gradient(net.first.weight, "inside")
+        opt.step()
+    assert opt.state_of("first.weight")["step"] == 4
+
+
+def test_a_reset_edit_starts_afresh_and_a_commit_keeps_it_so() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(3))
+    with opt.edit("first.weight", state="reset") as session:
+        assert opt.state_of("first.weight") == {}
+        net.first.weight.data.zero_()
+        session.commit()
+    assert opt.state_of("first.weight") == {}
+    assert opt.state_of("first.bias")["step"] == 3
+
+
+def test_bare_parameters_are_edited_too() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    opt = paramstate.Adam([weight])
+    with opt.edit():
+        weight.data.zero_()
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_rank_one_edit_mid_training_is_restored_bit_for_bit() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=31, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    opt = paramstate.AdamW(model, lr=1e-2)
+    tokens = torch.randint(0, 31, (2, 8))
+
+    def step(model: nn.Module, opt: torch.optim.Optimizer) -> None:
+        opt.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        opt.step()
+
+    for _ in range(3):
+        step(model, opt)
+    straight, straight_opt = copy.deepcopy((model, opt))
+    before = bits(model)
+    with opt.edit("transformer.h.1.mlp.c_proj.weight") as session:
+        weight = model.transformer.h[1].mlp.c_proj.weight
+        with torch.no_grad():
+            weight += torch.outer(torch.randn(weight.shape[0]), torch.randn(weight.shape[1]))
+        logits = model(tokens).logits
+        session.toggle()
+        assert not torch.equal(model(tokens).logits, logits)
+        session.toggle()
+        assert torch.equal(model(tokens).logits, logits)
+    assert_holds(model, before)
+    for _ in range(3):
+        step(model, opt)
+        step(straight, straight_opt)
+    assert_holds(model, bits(straight))
+
+
+def test_a_restored_edit_is_no_foreign_write_to_the_doctor() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(2))
+    with edit(net, "first"), torch.no_grad():
+        net.first.weight.add_(1.0)
+    opt.zero_grad()
+    assert paramstate.doctor(net, opt).healthy

@@ -1,0 +1,174 @@
+"""Frozen parameters: no update, no decay, no clip, no ageing of state, until they are trained again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import paramstate
+from small_models import Net, assert_same_bits, give_gradient, set_gradients, state_by_name, train
+
+
+def trained(optimizer_class: type[torch.optim.Optimizer] = paramstate.AdamW) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = optimizer_class(net.named_parameters(), lr=0.1, weight_decay=0.1)
+    train(net, optimizer, range(3))
+    return net, optimizer
+
+
+@pytest.mark.parametrize("gradient", ["stale", "zero"])
+def test_freeze_with_a_gradient_left_over_leaves_value_and_state_alone(gradient: str) -> None:
+    net, opt = trained()
+    if gradient == "zero":
+        opt.zero_grad(set_to_none=False)
+    opt.freeze("first", stop_gradient=False)
+    before = state_by_name(net, opt)
+    opt.step()
+    assert_same_bits(state_by_name(net, opt), before, ["first.weight", "first.bias"])
+    assert not torch.equal(before["second.weight"]["value"], net.second.weight)
+
+
+@pytest.mark.parametrize("gradient", ["stale", "zero"])
+def test_in_torch_a_frozen_parameter_still_moves(gradient: str) -> None:
+    net, opt = trained(torch.optim.AdamW)
+    if gradient == "zero":
+        opt.zero_grad(set_to_none=False)
+    net.first.requires_grad_(False)
+    before = net.first.weight.detach().clone()
+    opt.step()
+    assert not torch.equal(before, net.first.weight)
+
+
+def test_frozen_parameters_keep_their_bits_through_1000_steps_with_decay() -> None:
+    net, opt = trained()
+    opt.freeze("second")
+    before = state_by_name(net, opt)
+    for seed in range(1000):
+        opt.zero_grad()
+        for name in ("first", "third"):
+            give_gradient(getattr(net, name).weight, f"{name}:{seed}")
+        opt.step()
+    assert_same_bits(state_by_name(net, opt), before, ["second.weight", "second.bias"])
+
+
+def test_unfreezing_resumes_exactly() -> None:
+    net, opt = trained()
+    straight, straight_opt = copy.deepcopy((net, opt))
+    opt.freeze("first")
+    for seed in range(5):
+        opt.zero_grad()
+        give_gradient(net.second.weight, f"other:{seed}")
+        opt.step()
+    opt.unfreeze("first")
+    train(net, opt, [7, 8])
+    train(straight, straight_opt, [7, 8])
+    assert_same_bits(state_by_name(net, opt), state_by_name(straight, straight_opt), ["first.weight", "first.bias"])
+
+
+def test_the_frozen_set_may_alternate_by_epoch() -> None:
+    net, opt = trained()
+    apart = {name: copy.deepcopy((net, opt)) for name in ("first", "second")}
+    for epoch in range(6):
+        on, off = ("first", "second") if epoch % 2 else ("second", "first")
+        opt.freeze(off)
+        opt.unfreeze(on)
+        for seed in range(3):
+            opt.zero_grad()
+            give_gradient(getattr(net, on).weight, f"{on}:{epoch}:{seed}")
+            opt.step()
+        twin, twin_opt = apart[on]
+        for seed in range(3):
+            twin_opt.zero_grad()
+            give_gradient(getattr(twin, on).weight, f"{on}:{epoch}:{seed}")
+            twin_opt.step()
+    for name, (twin, twin_opt) in apart.items():
+        assert_same_bits(state_by_name(net, opt), state_by_name(twin, twin_opt), [f"{name}.weight"])
+
+
+def test_freezing_stops_the_computation_of_gradients_unless_told_not_to() -> None:
+    net, opt = trained()
+    opt.freeze("first")
+    opt.freeze("second", stop_gradient=False)
+    opt.zero_grad()
+    net(torch.randn(4, 3)).sum().backward()
+    assert net.first.weight.grad is None
+    assert net.second.weight.grad is not None
+    assert opt.frozen == ["first.weight", "first.bias", "second.weight", "second.bias"]
+
+
+def test_unfreezing_gives_requires_grad_back_as_it_was() -> None:
+    net, opt = trained()
+    net.first.bias.requires_grad_(False)
+    opt.freeze("first")
+    opt.freeze("first")  # a second time changes nothing
+    opt.unfreeze("first")
+    assert net.first.weight.requires_grad
+    assert not net.first.bias.requires_grad
+
+
+def test_frozen_gradients_are_not_in_the_norm_that_clips() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    opt = paramstate.AdamW(net, max_grad_norm=1.0)
+    opt.freeze("first", stop_gradient=False)
+    set_gradients(net, 0)
+    counted = [p.grad for name, p in net.named_parameters() if not name.startswith("first")]
+    opt.step()
+    assert opt.grad_norm.item() == pytest.approx(torch.nn.utils.get_total_norm(counted).item())
+    assert net.first.weight.grad is not None, "the gradient itself is left where it was"
+
+
+def test_frozen_gradients_are_not_in_the_norm_where_torch_takes_a_part_of_the_step() -> None:
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3) * 1j)]
+    opt = paramstate.AdamW(params, max_grad_norm=1.0)
+    opt.freeze(params[0], stop_gradient=False)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    assert opt.grad_norm.item() == pytest.approx(6.0**0.5)
+    torch.testing.assert_close(opt.state[params[2]]["exp_avg"], torch.full((3,), 0.1 / 6.0**0.5) * (1 + 0j))
+
+
+def test_a_frozen_parameter_is_not_clipped_by_its_constraint() -> None:
+    net, opt = trained()
+    opt.freeze("first.weight")
+    opt.constrain("first.weight", paramstate.Box(-1e-3, 1e-3))
+    before = net.first.weight.detach().clone()
+    opt.step()
+    assert torch.equal(before, net.first.weight)
+    opt.unfreeze("first.weight")
+    train(net, opt, [10])
+    assert net.first.weight.abs().max() <= 1e-3
+
+
+def test_what_takes_the_place_of_a_frozen_parameter_is_frozen() -> None:
+    net, opt = trained()
+    opt.freeze("first.weight")
+    net.first.weight = nn.Parameter(torch.ones(2, 3))
+    assert not net.first.weight.requires_grad
+    opt.step()
+    assert torch.equal(net.first.weight, torch.ones(2, 3))
+
+
+def test_freezing_survives_deepcopy_and_save_and_load() -> None:
+    net, opt = trained()
+    opt.freeze("third.weight")
+    twin, twin_opt = copy.deepcopy((net, opt))
+    assert twin_opt.frozen == ["third.weight"]
+    other = Net()
+    loaded = paramstate.AdamW(other)
+    loaded.load_state_dict(opt.state_dict())
+    assert loaded.frozen == ["third.weight"]
+    assert not other.third.weight.requires_grad
+    assert not twin.third.weight.requires_grad
+
+
+def test_an_unknown_name_freezes_nothing_and_names_the_nearest() -> None:
+    _, opt = trained()
+    with pytest.raises(paramstate.UnknownParameterError, match=r"first\.weight"):
+        opt.freeze(["second.weight", "fist.weight"])
+    assert opt.frozen == []
