@@ -97,6 +97,16 @@ impl OwnedBuffer {
             .then(|| unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), self.len) })
     }
 
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: so many bytes were allocated and zeroed, and the elements are plain numbers.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.size_bytes()) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`; any bytes are numbers, and the buffer is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.size_bytes()) }
+    }
+
     /// The raw memory, valid for as long as the buffer lives.
     #[must_use]
     pub fn operand(&self) -> Operand {

@@ -57,6 +57,67 @@ pub unsafe fn clamp(views: &[(View, Bounds)], execution: &Execution) {
     unsafe { change(views, |(view, bounds)| (view, *bounds), execution) }
 }
 
+/// Moves every element that lies outside its own bounds, or where it has none on that side outside
+/// those for all, to the nearer one.
+///
+/// # Safety
+/// As for [`scale`]; the views of bounds are as long, readable, and not written.
+pub(crate) unsafe fn clamp_each(
+    view: &View,
+    bounds: Bounds,
+    limits: [Option<View>; 2],
+    execution: &Execution,
+) {
+    let plan = Plan::new(std::iter::once(view.layout.len()));
+    let scratch = || (Scratch::default(), Scratch::default(), Scratch::default());
+    plan.run(execution.threads, scratch, |(a, b, c), unit| {
+        for (_, span) in plan.parts(unit, |_| view.layout.len()) {
+            if view.operand.dtype == DType::F64 {
+                let rooms = [&mut *a, &mut *b, &mut *c]
+                    .map(|room| &mut room.double.get_or_insert_default().value);
+                // SAFETY: the caller's contract.
+                unsafe { clamp_span::<f64>(view, bounds, &limits, span, rooms, execution.isa) }
+            } else {
+                let rooms = [&mut *a, &mut *b, &mut *c]
+                    .map(|room| &mut room.single.get_or_insert_default().value);
+                // SAFETY: the caller's contract.
+                unsafe { clamp_span::<f32>(view, bounds, &limits, span, rooms, execution.isa) }
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As for [`clamp_each`], for the elements `span`.
+unsafe fn clamp_span<C: Compute>(
+    view: &View,
+    bounds: Bounds,
+    limits: &[Option<View>; 2],
+    span: Range<usize>,
+    [room, min, max]: [&mut [C; BLOCK]; 3],
+    isa: Isa,
+) {
+    let everywhere = |bound: Option<f64>| C::narrow(bound.unwrap_or(f64::NAN));
+    min.fill(everywhere(bounds.min));
+    max.fill(everywhere(bounds.max));
+    for start in span.clone().step_by(BLOCK) {
+        let part = start..span.end.min(start + BLOCK);
+        for (limit, room) in limits.iter().zip([&mut *min, &mut *max]) {
+            if let Some(limit) = limit {
+                let limit = Side::new::<C>(limit.operand, limit.layout.steps());
+                // SAFETY: the caller's contract.
+                unsafe { limit.copy(part.clone(), room, isa) };
+            }
+        }
+        let value = Side::new::<C>(view.operand, view.layout.steps());
+        // SAFETY: the caller's contract.
+        let values = unsafe { value.open(part.clone(), room, isa) };
+        isa.run(ClampEach { values, min, max });
+        // SAFETY: the same part and scratch.
+        unsafe { value.close(part, room, None, isa) };
+    }
+}
+
 /// What happens to each element of a view: for each compute type a loop.
 trait Change: Copy {
     fn apply<C: Compute>(self, values: &mut [C], isa: Isa);
@@ -135,6 +196,23 @@ impl<C: Compute> Kernel for Scale<'_, C> {
     fn run(self) {
         for x in self.values {
             *x = *x * self.coefficient;
+        }
+    }
+}
+
+struct ClampEach<'a, C> {
+    values: &'a mut [C],
+    min: &'a [C],
+    max: &'a [C],
+}
+
+impl<C: Compute> Kernel for ClampEach<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for ((x, &min), &max) in self.values.iter_mut().zip(self.min).zip(self.max) {
+            *x = Interval { min, max }.clamp(*x);
         }
     }
 }

@@ -1,6 +1,8 @@
 //! What the store keeps for one parameter.
 
-use crate::{Bounds, Buffer, Label, ParamId};
+use std::sync::Arc;
+
+use crate::{Bounds, Buffer, Cohorts, Label, OwnedBuffer, ParamId};
 
 /// One parameter: its ID, its names, its bounds, and the buffers of its value and state.
 ///
@@ -23,7 +25,32 @@ pub struct Entry {
     pub(crate) shape: Option<Vec<usize>>,
     /// Steps taken with the state held here.
     pub(crate) step: u64,
+    /// Where some rows have taken fewer.
+    pub(crate) ages: Option<RowAges>,
+    /// Lower and upper bounds of each element, row-major.
+    pub(crate) limits: [Option<OwnedBuffer>; 2],
+    pub(crate) frozen: bool,
     buffers: Vec<(String, Buffer)>,
+}
+
+/// What the rows along one dimension lack of the parameter's steps.
+#[derive(Clone, Debug)]
+pub(crate) struct RowAges {
+    pub dim: usize,
+    /// Elements of the value.
+    pub len: usize,
+    /// Elements of one row that are neighbours, row-major.
+    pub inner: usize,
+    pub offsets: Vec<i64>,
+    pub cohorts: Arc<Cohorts>,
+}
+
+impl RowAges {
+    pub(crate) fn new(dim: usize, shape: &[usize], offsets: Vec<i64>) -> Self {
+        let cohorts = Arc::new(Cohorts::new(&offsets, |_| false));
+        let inner = shape[dim + 1..].iter().product();
+        Self { dim, len: shape.iter().product(), inner, offsets, cohorts }
+    }
 }
 
 impl Entry {
@@ -34,6 +61,9 @@ impl Entry {
             bounds: Bounds::default(),
             shape: None,
             step: 0,
+            ages: None,
+            limits: [None, None],
+            frozen: false,
             buffers: Vec::new(),
         }
     }
@@ -97,6 +127,7 @@ impl Entry {
     pub(crate) fn reset(&mut self) {
         self.buffers.retain(|(key, _)| key == crate::values::VALUE);
         self.step = 0;
+        self.ages = None;
     }
 
     pub(crate) fn label(&self) -> Label {

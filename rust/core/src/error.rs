@@ -133,6 +133,70 @@ pub enum Error {
         /// What came.
         got: Vec<usize>,
     },
+    /// One parameter too often.
+    #[error("{parameter} is named twice in one change of rows; name it once")]
+    DuplicateParameter {
+        /// Which parameter.
+        parameter: Label,
+    },
+    /// Rows along a dimension that is not there.
+    #[error("{parameter} has shape {shape:?}, which has no dimension {dim}")]
+    NoSuchDimension {
+        /// Whose rows.
+        parameter: Label,
+        /// The dimension that was asked for.
+        dim: usize,
+        /// The value's shape.
+        shape: Vec<usize>,
+    },
+    /// A row that is not there.
+    #[error("{parameter} has {rows} rows along that dimension, and none is number {row}")]
+    NoSuchRow {
+        /// Whose rows.
+        parameter: Label,
+        /// The row that was asked for.
+        row: usize,
+        /// How many there are.
+        rows: usize,
+    },
+    /// A flag for each row, or the values of new rows, of another length.
+    #[error("{parameter}: {got} were given for its rows, and {expected} are needed")]
+    RowValues {
+        /// Whose rows.
+        parameter: Label,
+        /// How many flags or values are needed.
+        expected: usize,
+        /// How many were given.
+        got: usize,
+    },
+    /// An order of rows in which some are missing or there twice.
+    #[error(
+        "{parameter}: the order does not name every row once; Store::gather_rows takes any list"
+    )]
+    NoPermutation {
+        /// Whose rows.
+        parameter: Label,
+    },
+    /// Rows along a second dimension would need steps of their own.
+    #[error(
+        "the rows of {parameter} along dimension {held} have steps of their own, so those along dimension {dim} cannot; call Store::reset first"
+    )]
+    RowDimension {
+        /// Whose rows.
+        parameter: Label,
+        /// The dimension whose rows have steps.
+        held: usize,
+        /// The other.
+        dim: usize,
+    },
+    /// Bounds of each element do not say what holds for elements that are new.
+    #[error(
+        "{parameter} has bounds of each element, which say nothing of new rows; take them away with Store::set_element_bounds, and declare them anew afterwards"
+    )]
+    BoundsOfNewRows {
+        /// Whose bounds.
+        parameter: Label,
+    },
     /// One gradient too many.
     #[error("{parameter} has two gradients in one step; add them up first")]
     DuplicateGradient {

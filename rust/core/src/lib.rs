@@ -32,6 +32,32 @@
 //! // A rename changes the name, never the ID.
 //! store.rename("weight", "proj.weight")?;
 //! assert_eq!(store.id("proj.weight"), Some(weight));
+//! // Rows come and go with their state; new ones are bias-corrected as a fresh parameter is.
+//! store.append_rows(0, 1, &[(weight, (&[0.0f32, 0.0]).into())])?;
+//! assert_eq!(store.row_steps(weight)?, Some((0, vec![1, 1, 0])));
+//! # Ok::<(), paramstate::Error>(())
+//! ```
+//!
+//! A framework that makes a new parameter of each change of a value, as Burn's `Param` does, keeps
+//! its own ID beside the store's and loses no moments:
+//!
+//! ```
+//! use paramstate::{Adam, ParamId, Store, StepOptions};
+//!
+//! # let (burn_id, mut weights, grads) = (41u64, vec![0.2f32, 0.9], vec![1.0f32, -1.0]);
+//! let mut store = Store::new();
+//! let id = ParamId::new(burn_id)?;
+//! store.register_values(Some("linear.weight"), Some(id), &[2], &weights)?;
+//! for _ in 0..3 {
+//!     store.step(&[(id, (&grads).into())], &Adam::default(), &StepOptions::default())?;
+//!     store.clip_with(id, |values: &mut [f32]| {
+//!         values[0] = values[0].clamp(0.1, 1.0);
+//!         values[1] = values[1].min(2.0 * values[0]); // a bound that depends on another value
+//!     })?;
+//!     weights.copy_from_slice(store.values(id)?);
+//! }
+//! assert!(weights[1] <= 2.0 * weights[0]);
+//! assert_eq!(store.steps(id)?, 3); // the moments are those of three steps, not of one
 //! # Ok::<(), paramstate::Error>(())
 //! ```
 //!
@@ -50,6 +76,7 @@ mod float_mode;
 mod id;
 mod isa;
 mod layout;
+mod limits;
 mod norm;
 mod operands;
 mod overlap;
@@ -57,6 +84,7 @@ mod parallel;
 mod particulars;
 mod prefetch;
 mod project;
+mod row_edit;
 mod rows;
 mod side;
 mod step;
@@ -82,6 +110,7 @@ pub use parallel::Execution;
 pub use particulars::{Particulars, WhenBound};
 pub use prefetch::prefetch;
 pub use project::{NormLimit, Projection, project};
+pub use row_edit::{NewValue, RowChange, Values};
 pub use rows::{Cohorts, RowSteps};
 pub use step::{Gradient, StepOptions, StepReport};
 pub use store::Store;

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use crate::values::{EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, VALUE, extent};
 use crate::{
     Adam, AdamTask, Buffer, Element, Entry, Error, Execution, Layout, Lent, Operand, Order,
-    OwnedBuffer, ParamId, Result, SecondMoment, Store, StridedLayout, View, ViewLayout, adam_step,
-    clip_coefficient, overlapping, row_major, sum_of_squares,
+    OwnedBuffer, ParamId, Particulars, Result, RowSteps, SecondMoment, Store, StridedLayout, View,
+    ViewLayout, adam_step, clip_coefficient, gradient_squares, overlapping, row_major,
 };
 
 /// The gradient of one parameter, row-major and as long as its value, of any element type.
@@ -98,7 +99,8 @@ const STATE: [&str; 3] = [EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ];
 
 impl Store {
     /// One step of Adam or AdamW over the parameters that have a gradient. Moments that do not
-    /// exist yet are made, zeroed, in the value's dtype. Bounds set for a parameter hold afterwards.
+    /// exist yet are made, zeroed, in the value's dtype. Bounds set for a parameter hold afterwards,
+    /// rows are bias-corrected by their own steps, and frozen parameters are passed over.
     ///
     /// # Errors
     /// Nothing was written after any of: [`Error::InvalidSetting`], [`Error::UnknownId`],
@@ -131,19 +133,18 @@ impl Store {
         adam.validate()?;
         let ready = self.check(grads)?;
         let execution = Execution::new(options.threads);
-        let grad_norm = options.max_grad_norm.map(|_| {
-            let views: Vec<View> = ready.iter().map(|ready| ready.grad.clone()).collect();
+        let (steps, mut tasks): (Vec<u64>, Vec<AdamTask>) =
+            ready.into_iter().map(|ready| self.entries[ready.position].task(ready, adam)).unzip();
+        let mut grad_norm = None;
+        if let Some(max_norm) = options.max_grad_norm {
             // SAFETY: a `Gradient` borrows its elements, or its maker promised that they last.
-            unsafe { sum_of_squares(&views, &execution) }.sqrt()
-        });
-        let coefficient = match (grad_norm, options.max_grad_norm) {
-            (Some(norm), Some(max_norm)) => clip_coefficient(norm, max_norm),
-            _ => 1.0,
-        };
-        let tasks: Vec<AdamTask> = ready
-            .into_iter()
-            .map(|ready| self.entries[ready.position].task(ready, adam, coefficient))
-            .collect();
+            let norm = unsafe { gradient_squares(&tasks, &execution) }.sqrt();
+            let coefficient = clip_coefficient(norm, max_norm);
+            for (task, step) in tasks.iter_mut().zip(steps) {
+                task.scalars = adam.scalars(step as f64, coefficient);
+            }
+            grad_norm = Some(norm);
+        }
         // SAFETY: every operand is owned by this store, which is borrowed mutably, or lent for the
         // length of this call, or a gradient as above; `check` found all layouts of one shape, no
         // written element twice, and no two parameters that share memory.
@@ -160,8 +161,12 @@ impl Store {
             if !seen.insert(*id) {
                 return Err(Error::DuplicateGradient { parameter: entry.label() });
             }
+            if entry.frozen {
+                continue;
+            }
             let value = entry.lent_for_writing(VALUE)?;
             entry.check_shape("grad", &value.layout, &gradient.view.layout)?;
+            entry.check_limits(value.layout.len())?;
             let mut state = [const { None }; 3];
             for (slot, key) in state.iter_mut().zip(STATE) {
                 if entry.buffer(key).is_some() {
@@ -216,7 +221,7 @@ impl Entry {
     }
 
     /// Makes what state is missing, counts the step, and says what is to be done.
-    fn task(&mut self, ready: Ready<'_>, adam: &Adam, coefficient: f64) -> AdamTask {
+    fn task(&mut self, ready: Ready<'_>, adam: &Adam) -> (u64, AdamTask) {
         let Ready { grad, value, state, .. } = ready;
         let [exp_avg, exp_avg_sq, max] = state;
         let exp_avg = exp_avg.unwrap_or_else(|| self.zeros(EXP_AVG, &value));
@@ -235,17 +240,27 @@ impl Entry {
             &exp_avg_sq.layout,
             max.as_ref().map_or(&value.layout, |max| &max.layout),
         ];
-        AdamTask {
+        let task = AdamTask {
             value: value.operand,
             grad: grad.operand,
             exp_avg: exp_avg.operand,
             exp_avg_sq: exp_avg_sq.operand,
             max_exp_avg_sq: max.as_ref().map(|max| max.operand),
             layout: common_layout(layouts),
-            scalars: adam.scalars(self.step as f64, coefficient),
+            scalars: adam.scalars(self.step as f64, 1.0),
             bounds: self.bounds,
-            particulars: None,
-        }
+            particulars: self.particulars(adam).map(Box::new),
+        };
+        (self.step, task)
+    }
+
+    fn particulars(&self, adam: &Adam) -> Option<Particulars> {
+        let [min, max] = self.limit_views();
+        let rows = self.ages.as_ref().map(|ages| {
+            RowSteps::new(ages.inner, Arc::clone(&ages.cohorts), adam, self.step as f64)
+        });
+        let any = rows.is_some() || min.is_some() || max.is_some();
+        any.then(|| Particulars { rows, min, max, ..Particulars::default() })
     }
 
     /// Zeros like the value, kept under `key`.

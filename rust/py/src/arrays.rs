@@ -26,7 +26,8 @@ pub fn borrow(value: Bound<'_, PyAny>, name: Option<&str>) -> PyResult<Loan> {
     Ok(Loan::array(value.unbind()))
 }
 
-fn label(py: Python<'_>, store: &Store, id: ParamId) -> Label {
+/// A parameter as an error names it.
+pub fn label(py: Python<'_>, store: &Store, id: ParamId) -> Label {
     let loans = store.lock(py);
     let name = loans.core.names(id).ok().and_then(|names| names.first().cloned());
     Label { id, name }
@@ -158,7 +159,14 @@ pub fn clip(
 ) -> PyResult<()> {
     value(py, store, id)?;
     let given = Bounds::new(min, max).map_err(to_python)?;
-    let declared = store.lock(py).core.bounds(id).map_err(to_python)?;
+    let (declared, of_each) = {
+        let loans = store.lock(py);
+        let of_each = loans.core.has_element_bounds(id).map_err(to_python)?;
+        (loans.core.bounds(id).map_err(to_python)?, of_each)
+    };
+    if given.is_none() && of_each {
+        return py.detach(|| store.lock_detached().core.hold_bounds(id)).map_err(to_python);
+    }
     let bounds = if given.is_none() { declared } else { given };
     if bounds.is_none() {
         return Err(PyValueError::new_err(format!(

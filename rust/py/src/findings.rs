@@ -73,6 +73,12 @@ impl Findings<'_> {
         *room = Room { tasks: self.tasks, counters: self.counters, origins: emptied(self.origins) };
     }
 
+    /// Keeps an aging; returns its number.
+    pub fn add_aging(&mut self, aging: Aging) -> usize {
+        self.agings.push(aging);
+        self.agings.len() - 1
+    }
+
     /// Whether nothing was found that forbids the step, gradients for others to step aside.
     pub fn may_run(&self) -> bool {
         self.missing.is_empty() && self.retyped.is_empty() && self.problems.is_empty()

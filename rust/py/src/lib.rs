@@ -6,6 +6,8 @@
 use pyo3::prelude::*;
 
 mod array;
+mod array_bounds;
+mod array_rows;
 mod arrays;
 mod declared;
 mod dlpack;

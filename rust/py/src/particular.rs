@@ -67,8 +67,12 @@ impl Aging {
     /// As for `age`; `row` is one of the rows.
     #[inline(always)]
     unsafe fn skips(&self, row: usize) -> bool {
-        // SAFETY: the caller's contract: a mask has a byte for each row.
-        let at = |mask: *const u8| unsafe { mask.add(row).read() } != 0;
+        let at = |mask: *const u8| {
+            // SAFETY: the caller's contract: a mask has a byte for each row.
+            let at = unsafe { mask.add(row) };
+            // SAFETY: as above.
+            unsafe { at.read() != 0 }
+        };
         self.frozen.is_some_and(at) || self.named.is_some_and(|named| !at(named))
     }
 }

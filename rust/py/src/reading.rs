@@ -15,7 +15,7 @@ use crate::foresight::{Descriptions, Foresight};
 use crate::geometry::Density;
 use crate::memory::{Memory, written};
 use crate::outcome::{Place, Problem};
-use crate::particular::{self, Aging, Borrowing, Look, Versions};
+use crate::particular::{self, Look, Particular, Versions};
 use crate::roster::{KEYS, Row};
 use crate::running::Counter;
 use crate::state::{Cursor, Moments, Names};
@@ -37,8 +37,7 @@ struct Entry {
     task: AdamTask,
     counter: Counter,
     descriptions: Descriptions,
-    aging: Option<Aging>,
-    borrowings: Vec<Borrowing>,
+    particular: Option<Box<Particular>>,
 }
 
 /// The settings of one group.
@@ -98,12 +97,14 @@ impl<'py> Reader<'py, '_> {
             self.task(row, &grad, &moments, group, Negation::Unknown)
         };
         match result {
-            Ok(Entry { task, mut counter, descriptions, aging, borrowings }) => {
-                if let Some(aging) = aging {
-                    counter.aging = Some(findings.agings.len());
-                    findings.agings.push(aging);
+            Ok(Entry { mut task, mut counter, descriptions, particular }) => {
+                if let Some(particular) = particular {
+                    let Particular { particulars, aging, borrowings } = *particular;
+                    task.particulars = Some(particulars);
+                    counter.aging = aging.map(|aging| findings.add_aging(aging));
+                    let borrowings = borrowings.into_iter().map(|memory| (place, memory));
+                    findings.borrowings.extend(borrowings);
                 }
-                findings.borrowings.extend(borrowings.into_iter().map(|memory| (place, memory)));
                 self.foresight.remember(index, descriptions);
                 if is_retyped(row, &task) {
                     findings.retyped.push(place);
@@ -205,30 +206,36 @@ impl<'py> Reader<'py, '_> {
         let Tensors { value, exp_avg, exp_avg_sq, .. } = &tensors;
         let descriptions = [value, &step, exp_avg, exp_avg_sq].map(|reading| reading.described_at);
         let counter = Counter::new(&step, group.index);
-        let mut task = tensors.task(row, group)?;
-        let (mut aging, mut borrowings) = (None, Vec::new());
+        let task = tensors.task(row, group)?;
+        let mut particular = None;
         if let Some(place) = row.declared {
-            // SAFETY: the counter was just read.
-            let step = unsafe { counter.peek() };
-            let (py, torch, value) = (grad.py(), self.torch, &tensors.value);
-            let (layout, adam, borrowings_found) = (&task.layout, &group.adam, Vec::new());
-            let look = Look {
-                py,
-                torch,
-                value,
-                layout,
-                adam,
-                step,
-                versions,
-                borrowings: borrowings_found,
-            };
-            // SAFETY: no Python code has run since the value was read.
-            let particular = unsafe { look.particular(self.declarations.at(place)) };
-            let particular = particular.map_err(Otherwise::Refused)?;
-            task.particulars = Some(particular.particulars);
-            (aging, borrowings) = (particular.aging, particular.borrowings);
+            let (value, known) = (&tensors.value, (&task, &counter, versions));
+            // SAFETY: no Python code has run since the value and the step were read.
+            let found = unsafe { self.particular(grad.py(), place, value, known, group) };
+            particular = Some(found?);
         }
-        Ok(Entry { task, counter, descriptions, aging, borrowings })
+        Ok(Entry { task, counter, descriptions, particular })
+    }
+
+    /// # Safety
+    ///
+    /// No Python code has run since the value was read, and the counter made.
+    #[cold]
+    unsafe fn particular(
+        &mut self,
+        py: Python<'py>,
+        place: usize,
+        value: &Reading<'_>,
+        (task, counter, versions): (&AdamTask, &Counter, Versions),
+        group: &Group,
+    ) -> Result<Box<Particular>, Otherwise> {
+        // SAFETY: the caller's contract.
+        let step = unsafe { counter.peek() };
+        let (torch, layout, adam, borrowings) = (self.torch, &task.layout, &group.adam, Vec::new());
+        let look = Look { py, torch, value, layout, adam, step, versions, borrowings };
+        // SAFETY: the caller's contract.
+        let particular = unsafe { look.particular(self.declarations.at(place)) };
+        particular.map(Box::new).map_err(Otherwise::Refused)
     }
 }
 

@@ -4,17 +4,17 @@ use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use numpy::PyUntypedArray;
-use paramstate::{Adam, Bounds, Decay, Direction, ParamId, SecondMoment, StepOptions};
+use paramstate::{Adam, Decay, Direction, ParamId, SecondMoment, StepOptions};
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyMapping};
 
-use crate::arrays;
 use crate::error::to_python;
 use crate::loans::Loans;
 use crate::lookup::{Key, all_names, known};
+use crate::{array_bounds, array_rows, arrays};
 
 /// Keeps values, moments and step counts under stable parameter IDs, for NumPy arrays.
 ///
@@ -190,31 +190,34 @@ impl Store {
 
     /// Declares bounds that hold from now on: after every step, and for a registered array at once.
     ///
-    /// Raises ValueError for a NaN, and where min is greater than max. None means no bound.
+    /// Args:
+    ///     min, max: numbers, or for a registered array an array that broadcasts to its shape: then each element has
+    ///         bounds of its own. None means no bound.
+    ///
+    /// Raises:
+    ///     ValueError: a bound is NaN, min is greater than max, or an array does not broadcast.
     fn set_bounds(
         &self,
         py: Python<'_>,
         key: Key,
-        min: Option<f64>,
-        max: Option<f64>,
+        min: Option<Bound<'_, PyAny>>,
+        max: Option<Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let id = self.find(py, &key)?;
-        let bounds = Bounds::new(min, max).map_err(to_python)?;
-        py.detach(|| {
-            let mut loans = self.lock_detached();
-            loans.revise();
-            loans.core.set_bounds(id, bounds)?;
-            let is_array = loans.loan(id, "value").is_some_and(|loan| loan.is_array());
-            if is_array { loans.core.clip(id, bounds) } else { Ok(()) }
-        })
-        .map_err(to_python)
+        array_bounds::set(py, self, id, [min, max])
     }
 
-    /// The declared bounds, (min, max); None means no bound.
+    /// The declared bounds, (min, max); None means no bound, or one of each element.
     fn bounds(&self, py: Python<'_>, key: Key) -> PyResult<(Option<f64>, Option<f64>)> {
         let id = self.find(py, &key)?;
         let bounds = self.lock(py).core.bounds(id).map_err(to_python)?;
         Ok((bounds.min, bounds.max))
+    }
+
+    /// Copies of the bounds of each element, (min, max), in the value's shape; None where there are none.
+    fn element_bounds(&self, py: Python<'_>, key: Key) -> PyResult<array_bounds::Arrays> {
+        let id = self.find(py, &key)?;
+        array_bounds::get(py, self, id)
     }
 
     /// The array that was registered. Raises KeyError where the parameter has none.
@@ -319,6 +322,120 @@ impl Store {
                 arrays::clip(py, self, id, min, max)
             }
         }
+    }
+
+    /// Keeps the rows whose flag is true, and drops the others, of several parameters or of none.
+    ///
+    /// Arrays cannot change their size in place: `value` gives the new ones. All state follows. So it is with every
+    /// change of rows.
+    ///
+    /// Args:
+    ///     keys: names or IDs of parameters that have the same rows.
+    ///     mask: one bool for each row.
+    ///     dim: the dimension of the rows.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    /// >>> store.keep_rows(["w"], [True, False, True])
+    /// >>> store.value("w")
+    /// array([[1., 2.],
+    ///        [5., 6.]])
+    #[pyo3(signature = (keys, mask, *, dim=0))]
+    fn keep_rows(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Key>,
+        mask: &Bound<'_, PyAny>,
+        dim: isize,
+    ) -> PyResult<()> {
+        array_rows::keep(py, self, &keys, mask, dim)
+    }
+
+    /// Puts these rows in the place of all, in this order; a row may be there more than once. See `keep_rows`.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([1.0, 2.0, 3.0]))
+    /// >>> store.gather_rows(["w"], [2, 0, 0])
+    /// >>> store.value("w")
+    /// array([3., 1., 1.])
+    #[pyo3(signature = (keys, index, *, dim=0))]
+    fn gather_rows(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Key>,
+        index: &Bound<'_, PyAny>,
+        dim: isize,
+    ) -> PyResult<()> {
+        let index = array_rows::indices(py, index)?;
+        array_rows::gather(py, self, &keys, &index, dim)
+    }
+
+    /// As `gather_rows`, where every row has to be there once; raises ValueError otherwise.
+    #[pyo3(signature = (keys, order, *, dim=0))]
+    fn permute_rows(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Key>,
+        order: &Bound<'_, PyAny>,
+        dim: isize,
+    ) -> PyResult<()> {
+        let order = array_rows::indices(py, order)?;
+        array_rows::permute(py, self, &keys, &order, dim)
+    }
+
+    /// Resets the state of these rows: their next step is a first step, bias correction included. The values stay.
+    #[pyo3(signature = (keys, rows, *, dim=0))]
+    fn reset_rows(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Key>,
+        rows: &Bound<'_, PyAny>,
+        dim: isize,
+    ) -> PyResult<()> {
+        let rows = array_rows::indices(py, rows)?;
+        array_rows::reset(py, self, &keys, &rows, dim)
+    }
+
+    /// Adds rows at the end. Their first step is bias-corrected as a first step. See `keep_rows`.
+    ///
+    /// Args:
+    ///     rows: from names or IDs to arrays of the value's dtype, all of as many rows.
+    ///     dim: the dimension of the rows.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([1.0]))
+    /// >>> store.step({"w": np.array([5.0])})
+    /// >>> store.append_rows({"w": np.array([2.0, 3.0])})
+    /// >>> store.row_steps("w")
+    /// [1, 0, 0]
+    #[pyo3(signature = (rows, *, dim=0))]
+    fn append_rows(&self, py: Python<'_>, rows: &Bound<'_, PyMapping>, dim: isize) -> PyResult<()> {
+        array_rows::append(py, self, rows, dim)
+    }
+
+    /// The steps that each row has taken; None where all have taken as many as the parameter.
+    fn row_steps(&self, py: Python<'_>, key: Key) -> PyResult<Option<Vec<u64>>> {
+        let id = self.find(py, &key)?;
+        let steps = self.lock(py).core.row_steps(id).map_err(to_python)?;
+        Ok(steps.map(|(_, steps)| steps))
+    }
+
+    /// Freezes a parameter: a step treats it as if it had no gradient, until `unfreeze`.
+    fn freeze(&self, py: Python<'_>, key: Key) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        self.lock(py).core.freeze(id).map_err(to_python)
+    }
+
+    /// Ends what `freeze` began: the moments go on where they were.
+    fn unfreeze(&self, py: Python<'_>, key: Key) -> PyResult<()> {
+        let id = self.find(py, &key)?;
+        self.lock(py).core.unfreeze(id).map_err(to_python)
+    }
+
+    /// Whether a parameter is frozen.
+    fn is_frozen(&self, py: Python<'_>, key: Key) -> PyResult<bool> {
+        let id = self.find(py, &key)?;
+        self.lock(py).core.is_frozen(id).map_err(to_python)
     }
 
     /// State as if never stepped; the value stays.
