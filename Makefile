@@ -25,7 +25,7 @@ export PYO3_PYTHON := $(CURDIR)/$(RUN)
 
 step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
 
-.PHONY: help demo test test-clients test-oldest test-oldest-contract bench soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
+.PHONY: help demo demo-rows test test-clients test-oldest test-oldest-contract bench soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -52,6 +52,10 @@ build: $(BUILT) ## make the environment and build the extension
 demo: $(BUILT) ## train a weight-clipped classifier four ways: a table and a picture
 	$(call step,demonstration)
 	@$(RUN) examples/clipped_classifier.py
+
+demo-rows: $(BUILT) ## fit Gaussians to a photograph while rows come and go, two ways
+	$(call step,demonstration of rows)
+	@$(RUN) examples/gaussian_image.py
 
 bench: $(BUILT) ## measure against torch; ROWS="step clip" picks rows
 	$(call step,benchmark)
@@ -92,11 +96,11 @@ test-rust: $(DEPENDENCIES) ## the core's tests, documented examples included
 
 test-python: $(BUILT) ## pytest: tests, doctests, documents' examples
 	$(call step,pytest)
-	@$(RUN) -m pytest -q --ignore=tests/core/test_stub.py --ignore=tests/clients
+	@$(RUN) -m pytest -q --ignore=tests/core/test_stub.py --ignore=tests/clients --ignore=tests/systems
 
-test-clients: $(BUILT) ## the frameworks that drive an optimizer, on tiny models
-	$(call step,pytest of the frameworks)
-	@$(RUN) -m pytest -q tests/clients
+test-clients: $(BUILT) ## the frameworks that drive an optimizer and the systems we learn from, on tiny models
+	$(call step,pytest of the frameworks and the systems)
+	@$(RUN) -m pytest -q tests/clients tests/systems
 
 $(OLDEST): $(BUILT)
 	$(call step,environment of the oldest supported releases)
@@ -105,7 +109,7 @@ $(OLDEST): $(BUILT)
 
 test-oldest: $(OLDEST) ## the whole suite on the oldest supported torch, NumPy and Python
 	$(call step,pytest on the oldest supported releases)
-	@.venv-oldest/bin/python -m pytest -q tests --ignore=tests/core/test_stub.py --ignore=tests/clients
+	@.venv-oldest/bin/python -m pytest -q tests --ignore=tests/core/test_stub.py --ignore=tests/clients --ignore=tests/systems
 
 test-oldest-contract: $(OLDEST) ## of it, what torch's users rely on
 	$(call step,pytest of the contract on the oldest supported releases)

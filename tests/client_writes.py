@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from torch import nn
 
-from identity_machine import IdentityMachine
+from identity_machine import IdentityMachine, seeds, which
 
-which = st.integers(0, 11)
-seeds = st.integers(0, 2**31)
 moment_names = st.sampled_from(["exp_avg", "exp_avg_sq"])
 
 
@@ -64,8 +62,8 @@ class ClientWrites(IdentityMachine):
     def rows_of_the_moments_are_zeroed(self, index: int) -> None:
         key = self.pick_stepped(index)
         for name, moment in self.entry(key).moments.items():
-            self.opt.state[self.held(key)][name][0] = 0
-            moment[0] = 0
+            self.opt.state[self.held(key)][name][:1] = 0
+            moment[:1] = 0
 
     @precondition(lambda self: self.stepped())
     @rule(index=which)
@@ -77,15 +75,19 @@ class ClientWrites(IdentityMachine):
     @rule(index=which, step=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]))
     def step_is_another_tensor(self, index: int, step: int, dtype: torch.dtype) -> None:
         key = self.pick_stepped(index)
+        entry = self.entry(key)
+        if entry.rows is not None and entry.rows.ages:
+            step += entry.steps - min(entry.rows.ages)  # no row was made after it
+            entry.rows.ages = [age + step - entry.steps for age in entry.rows.ages]
         self.opt.state[self.held(key)]["step"] = torch.tensor(step, dtype=dtype)
-        self.entry(key).step = step
+        entry.step = step
 
     @precondition(lambda self: self.stepped())
     @rule(index=which)
     def the_state_is_deleted(self, index: int) -> None:
         key = self.pick_stepped(index)
         del self.opt.state[self.held(key)]
-        self.model.forget(key)
+        self.entry(key).forget()
 
     @rule(copied=st.booleans())
     def the_whole_mapping_is_another(self, copied: bool) -> None:
@@ -98,8 +100,7 @@ class ClientWrites(IdentityMachine):
     def gaussian_splatting_puts_a_new_parameter_under_the_old_state(self, index: int, seed: int) -> None:
         key = self.pick_stepped(index)
         self.opt.zero_grad()  # these clients edit after a step, when gradients are gone
-        for entry in self.model.entries.values():
-            entry.grad = None
+        self.forget_gradients()
         old, entry = self.held(key), self.entry(key)
         state = self.opt.state[old]
         del self.opt.state[old]
@@ -112,6 +113,7 @@ class ClientWrites(IdentityMachine):
         layer, attribute = self.slots[key]
         setattr(self.layer(layer), attribute, new)
         entry.value = new.detach().clone()
+        entry.replaced_by(trains=True)
 
     @rule(lr=st.sampled_from([0, 1, 0.003, np.float64(0.02), "tensor"]), group=which)
     def lr_is_edited(self, lr: float | str, group: int) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("client_writes", "identity_machine", "reference", "same_training", "small_models")
+pytest.register_assert_rewrite(
+    "client_writes", "fsrs", "identity_machine", "reference", "same_training", "small_models"
+)
 
 settings.register_profile(
     "paramstate",

@@ -7,18 +7,53 @@ slot it sits in, its name, its object and its memory all change. `test_state_mac
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from torch import nn
 
 import paramstate
-from reference import MOMENTS, Entry, Reference, Settings, same_bits
+from reference import MOMENTS, Settings, same_bits
+from reference_limits import RefusedError
+from reference_model import Entry, Reference
 from small_models import Layer, Net
 
 NAMES = ("a", "b", "c", "d", "e", "f")
+which = st.integers(0, 11)
+seeds = st.integers(0, 2**31)
+meanings = st.sampled_from(["tensor", "name", "pattern", "layer", "selection", "all of one kind"])
+"""How parameters are named to the optimizer."""
+
+
+Held = tuple[nn.Parameter, torch.Tensor, bool]
+"""An object, its value and `requires_grad`."""
+
+
+@dataclass
+class Point:
+    """One point of a session's history."""
+
+    held: dict[str, Held]
+    states: dict[str, Entry] | None
+
+
+@dataclass
+class Session:
+    """The reference's account of an open edit session."""
+
+    session: paramstate.EditSession
+    names: dict[str, str]
+    """Key to the name that it had when the session was opened."""
+    owner: str
+    """"model" or "optimizer"."""
+    carries_state: bool
+    history: list[Point]
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,9 @@ class IdentityMachine(RuleBasedStateMachine):
             self.enter(layer, group=0)
         self.left_behind: list[tuple[Net, dict[str, torch.Tensor]]] = []
         self.may_widen: set[tuple[str, str]] = set()
+        self.sessions: list[Session] = []
+        self.claiming: int | None = None
+        """The group that was given as a selection."""
 
     def enter(self, layer: str, group: int) -> None:
         """The reference takes the parameters of a new layer in, with the IDs they were given."""
@@ -112,6 +150,53 @@ class IdentityMachine(RuleBasedStateMachine):
     def pick(self, index: int) -> str:
         """One of the keys that live now."""
         return list(self.slots)[index % len(self.slots)]
+
+    def meant(self, index: int, how: str) -> tuple[object, list[str]]:
+        """A parameter or several as an argument, and the keys of those that are meant."""
+        key = self.pick(index)
+        layer, attribute = self.slots[key]
+        if how == "tensor":
+            return self.held(key), [key]
+        if how == "name":
+            return self.entry(key).name, [key]
+        if how == "pattern":
+            return f"{layer}.*", self.keys_of(layer)
+        if how == "layer":
+            return paramstate.select(self.net, self.layer(layer)), self.keys_of(layer)
+        if how == "selection":
+            chosen = paramstate.select(self.net, layer) - paramstate.select(self.net, f"{layer}.{attribute}")
+            return chosen, [other for other in self.keys_of(layer) if other != key]
+        return [f"*.{attribute}"], [other for other, slot in self.slots.items() if slot[1] == attribute]
+
+    @contextmanager
+    def refused(self, refusal: RefusedError | None) -> Iterator[None]:
+        """The library refuses what the reference does."""
+        if refusal is None:
+            yield
+        else:
+            with pytest.raises(refusal.error):
+                yield
+
+    def forget_gradients(self) -> None:
+        for entry in self.model.entries.values():
+            entry.grad = None
+
+    def follow_step(self, chosen: Mapping[str, Sequence[bool]] | None = None) -> None:
+        """The optimizer took a step, of some rows only where these are chosen: the reference takes it too."""
+        self.follow_widening()
+        norm = self.model.step(chosen)
+        self.take_over_norms()
+        if norm is not None:
+            torch.testing.assert_close(self.opt.grad_norm.double(), torch.tensor(norm).double(), rtol=1e-6, atol=0)
+
+    def take_over_norms(self, keys: Iterable[str] | None = None) -> None:
+        """What was scaled to a norm is the reference's to rounding; from then on it is what the library holds."""
+        for key in self.model.entries if keys is None else keys:
+            entry, value = self.entry(key), self.held(key).detach()
+            if entry.limit is not None and entry.limit.norm is not None and not same_bits(value, entry.value):
+                rtol = 8.0 * torch.finfo(value.dtype).eps
+                torch.testing.assert_close(value, entry.value, rtol=rtol, atol=0.0)
+                entry.value = value.clone()
 
     def named_groups(self) -> list[list[tuple[str, nn.Parameter]]]:
         """The parameters of each group under their present names, in the model's order."""
@@ -157,6 +242,7 @@ class IdentityMachine(RuleBasedStateMachine):
         self.the_parameter_that_is_trained_is_the_one_in_the_model()
         self.value_and_state_are_the_references()
         self.gradients_are_the_references()
+        self.what_is_declared_is_the_references()
         self.no_state_is_orphaned()
         self.the_store_borrows_what_state_holds()
         self.groups_keep_their_settings()
@@ -200,6 +286,23 @@ class IdentityMachine(RuleBasedStateMachine):
             if grad is not None and entry.grad is not None:
                 self.compare(key, "grad", grad, entry.grad)
 
+    def what_is_declared_is_the_references(self) -> None:
+        entries = self.model.entries
+        assert sorted(self.opt.frozen) == sorted(entry.name for entry in entries.values() if entry.frozen)
+        at_bounds = self.opt.at_bounds()
+        for key, entry in entries.items():
+            assert self.held(key).requires_grad == entry.trains, f"{entry.name}: requires_grad is not {entry.trains}"
+            ages, rows = self.opt.row_steps(entry.name).tolist(), entry.rows
+            wanted = [entry.steps] * len(ages) if rows is None else rows.ages
+            if rows is not None and not rows.differ:
+                wanted = rows.ages[:1] * len(ages)
+            assert ages == wanted, f"{entry.name}: row steps {ages}, the reference has {wanted}"
+            assert (entry.name in at_bounds) == (entry.limit is not None and entry.limit.is_box)
+            if entry.name in at_bounds and entry.limit is not None:
+                bounds = [bound for bound in entry.limit.bounds(entry.value) if bound is not None]
+                held = torch.stack([entry.value == bound for bound in bounds]).any(0)
+                assert at_bounds[entry.name] == int(held.sum()), f"{entry.name}: at its bounds"
+
     def no_state_is_orphaned(self) -> None:
         listed = {id(parameter) for group in self.opt.param_groups for parameter in group["params"]}
         orphans = [key for key in self.opt.state if isinstance(key, torch.Tensor) and id(key) not in listed]
@@ -234,3 +337,4 @@ class IdentityMachine(RuleBasedStateMachine):
     def leave_behind(self, net: Net) -> None:
         """Remember a model that no optimizer of ours may touch from here on."""
         self.left_behind = [(net, copy.deepcopy(dict(net.state_dict())))]
+        self.sessions = []

@@ -17,7 +17,7 @@ NumPy and `fractions`, written for being obviously right; tensors are only there
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -80,9 +80,10 @@ def adam(
     step: float,
     settings: Settings,
     coefficient: float = 1.0,
-    bounds: tuple[float | None, float | None] = (None, None),
+    bounds: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    zero_at_bound: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The value and the moments after one update; `step` counts this one already."""
+    """The value and the moments after one update; `step` counts this one already. Bounds are of the value's shape."""
     tensors = [value, grad, *moments.values()]
     wide = any(t.dtype == torch.float64 for t in tensors)
     kind, fma = (np.float64, fma64) if wide else (np.float32, fma32)
@@ -109,71 +110,20 @@ def adam(
         decay = 1.0 - settings.lr * settings.weight_decay if settings.decoupled else 1.0
         update = m / (np.sqrt(s) + narrow(settings.eps * root_bc2))
         w = fma(narrow(-(settings.lr / bc1) * root_bc2), update, w * narrow(decay))
-        if bounds[0] is not None:
-            w = np.where(w < narrow(bounds[0]), narrow(bounds[0]), w)
-        if bounds[1] is not None:
-            w = np.where(w > narrow(bounds[1]), narrow(bounds[1]), w)
+        low, high = (None if bound is None else read(bound) for bound in bounds)
+        held = np.zeros(w.shape, bool)
+        if low is not None:
+            held |= w < low
+        if high is not None:
+            held |= w > high
+        if low is not None:
+            w = np.where(w < low, low, w)
+        if high is not None:
+            w = np.where(w > high, high, w)
+        if zero_at_bound:
+            written["exp_avg"] = np.where(held, np.zeros_like(m), m)
     after = {key: torch.from_numpy(np.array(written[key])).to(moments[key].dtype) for key in written}
     return torch.from_numpy(np.array(w)).to(value.dtype), {**moments, **after}
-
-
-def norm_coefficient(grads: list[torch.Tensor], max_norm: float) -> tuple[float, float]:
-    """The global norm and torch's clip coefficient. Exact where the squares sum exactly, as a test must see to."""
-    norm = math.sqrt(math.fsum(float(x) ** 2 for g in grads for x in g.double().flatten()))
-    return norm, min(1.0, max_norm / (norm + 1e-6))
-
-
-@dataclass
-class Entry:
-    """One logical parameter: what it is called now, and everything that must follow it."""
-
-    id: int
-    name: str
-    value: torch.Tensor
-    group: int
-    step: float | None = None
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
-    grad: torch.Tensor | None = None
-
-    def copied(self) -> Entry:
-        """An independent entry with the same bits; a deep copy of a parameter has no gradient."""
-        moments = {key: tensor.clone() for key, tensor in self.moments.items()}
-        return replace(self, value=self.value.clone(), moments=moments, grad=None)
-
-
-@dataclass
-class Reference:
-    """Moves moments by meaning: parameters are known by a key that the test chose and that no action changes."""
-
-    groups: list[Settings]
-    max_grad_norm: float | None = None
-    entries: dict[str, Entry] = field(default_factory=dict)
-
-    def step(self) -> float | None:
-        """Update every parameter that has a gradient; the global norm where one is asked for."""
-        stepping = [entry for entry in self.entries.values() if entry.grad is not None]
-        norm, coefficient = None, 1.0
-        if self.max_grad_norm is not None:
-            norm, coefficient = norm_coefficient([e.grad for e in stepping if e.grad is not None], self.max_grad_norm)
-        for entry in stepping:
-            self._update(entry, coefficient)
-        return norm
-
-    def _update(self, entry: Entry, coefficient: float) -> None:
-        settings = self.groups[entry.group]
-        assert entry.grad is not None
-        if entry.step is None:
-            keys = MOMENTS if settings.amsgrad else MOMENTS[:2]
-            entry.step, entry.moments = 0.0, {key: torch.zeros_like(entry.value) for key in keys}
-        entry.step += 1
-        entry.value, entry.moments = adam(entry.value, entry.grad, entry.moments, entry.step, settings, coefficient)
-
-    def forget(self, key: str) -> None:
-        """As if this parameter had never been stepped."""
-        self.entries[key].step, self.entries[key].moments = None, {}
-
-    def copied(self) -> Reference:
-        return replace(self, groups=list(self.groups), entries={k: e.copied() for k, e in self.entries.items()})
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import paramstate
+from fsrs import FSRS, ceiling, fsrs_adam, fsrs_bounds, largest_error
 from reference import same_bits
 from small_models import Net, give_gradient, state_by_name, train
 
-FSRS = json.loads((Path(__file__).parent / "data" / "fsrs_adam.json").read_text())
-
-
-def ceiling(w: torch.Tensor, relearning_steps: int) -> float:
-    """The bound of two of the trainer's values, which depends on three others."""
-    if relearning_steps <= 1:
-        return 2.0
-    total = math.log(float(w[11])) + math.log(2 ** float(w[13]) - 1) + 0.3 * float(w[14])
-    return min(2.0, math.sqrt(max(0.01, -total / relearning_steps)))
-
-
-def fsrs_bounds(relearning_steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The trainer's clipper: each value to its range, then the two that depend on values already clipped."""
-
-    def clip(w: torch.Tensor) -> torch.Tensor:
-        w = w.clone()
-        ranges = list(enumerate(FSRS["bounds"]["range"]))
-        for index, (low, high) in sorted(ranges, key=lambda item: item[1][1] == "ceiling"):
-            w[index] = w[index].clamp(low, ceiling(w, relearning_steps) if high == "ceiling" else high)
-        return w
-
-    return clip
-
-
-def fsrs_adam(cls: type[torch.optim.Adam], parameter: nn.Parameter) -> torch.optim.Adam:
-    options = FSRS["optimizer"]
-    return cls([parameter], options["lr"], tuple(options["betas"]), options["eps"], options["weight_decay"])
-
-
-def largest_error(parameter: torch.Tensor, expected: list[float]) -> float:
-    return float((parameter.detach() - torch.tensor(expected)).abs().max())
+LOW, HIGH = torch.tensor([-1.0, 0.0, 1.0, 2.0]), torch.tensor(3.0)
 
 
 def test_two_steps_of_a_real_trainer_with_its_bounds_between_and_the_state_kept() -> None:
@@ -166,31 +135,118 @@ def refused(parameter: nn.Parameter, *arguments: object, says: list[str]) -> Non
     before = parameter.detach().clone()
     with pytest.raises(paramstate.ConstraintError) as caught:
         paramstate.clip_(parameter, *arguments)
-    for part in ["scales", *says]:
-        assert part in str(caught.value).lower(), str(caught.value)
+    for part in ["'scales'", *says]:
+        assert part in str(caught.value), str(caught.value)
     assert same_bits(parameter, before)
 
 
-def test_min_above_max_is_refused() -> None:
+def by_clip(parameter: nn.Parameter, opt: paramstate.Adam, low: object, high: object) -> None:  # noqa: ARG001
+    paramstate.clip_(parameter, low, high)
+
+
+def by_constrain(parameter: nn.Parameter, opt: paramstate.Adam, low: object, high: object) -> None:  # noqa: ARG001
+    opt.constrain("scales", paramstate.Box(low, high))
+
+
+def by_constructor(parameter: nn.Parameter, opt: paramstate.Adam, low: object, high: object) -> None:  # noqa: ARG001
+    paramstate.Adam([("scales", parameter)], constraints={"scales": paramstate.Box(low, high)})
+
+
+def by_constructor_for_all(parameter: nn.Parameter, opt: paramstate.Adam, low: object, high: object) -> None:  # noqa: ARG001
+    paramstate.Adam([("scales", parameter)], constraints=paramstate.Box(low, high))
+
+
+every_way_to_bound = pytest.mark.parametrize(
+    "bound", [by_clip, by_constrain, by_constructor, by_constructor_for_all], ids=lambda way: way.__name__
+)
+Bounding = Callable[[nn.Parameter, paramstate.Adam, object, object], None]
+
+
+def with_element(index: tuple[int, int], value: float) -> torch.Tensor:
+    bound = torch.ones(3, 4)
+    bound[index] = value
+    return bound
+
+
+@every_way_to_bound
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (torch.zeros(4), with_element((1, 2), -3.0), r"'scales': min 0\.0 is above max -3\.0 at index \[1, 2\]"),
+        (2.0, with_element((0, 3), 9.0), r"'scales': min 2\.0 is above max 1\.0 at index \[0, 0\]"),
+        (torch.tensor(0.5), -0.5, r"'scales': min 0\.5 is above max -0\.5$"),
+    ],
+    ids=["two tensors", "number and tensor", "0-dim"],
+)
+def test_min_above_max_is_refused_by_name_index_and_values(
+    bound: Bounding, low: object, high: object, message: str
+) -> None:
+    assert_refused(bound, low, high, message)
+
+
+@every_way_to_bound
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (with_element((2, 1), math.nan), None, r"'scales': min is nan at index \[2, 1\]"),
+        (0.0, torch.tensor([1.0, math.nan, 1.0, 1.0]), r"'scales': max is nan at index \[1\]"),
+        (None, torch.tensor(math.nan), r"'scales': max is nan$"),
+    ],
+    ids=["min", "max", "0-dim"],
+)
+def test_nan_bound_is_refused_by_name_and_index(bound: Bounding, low: object, high: object, message: str) -> None:
+    assert_refused(bound, low, high, message)
+
+
+@every_way_to_bound
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (torch.zeros(5), None, r"'scales': min has shape \[5\], which does not broadcast to \[3, 4\]"),
+        (None, torch.zeros(2, 3, 4), r"'scales': max has shape \[2, 3, 4\], which does not broadcast to \[3, 4\]"),
+    ],
+    ids=["another length", "more dimensions"],
+)
+def test_bound_that_does_not_broadcast_is_refused_by_name_and_shapes(
+    bound: Bounding, low: object, high: object, message: str
+) -> None:
+    assert_refused(bound, low, high, message)
+
+
+def assert_refused(bound: Bounding, low: object, high: object, message: str) -> None:
+    parameter, opt = stepped()
+    before = parameter.detach().clone()
+    with pytest.raises(paramstate.ConstraintError, match=message):
+        bound(parameter, opt, low, high)
+    assert same_bits(parameter, before)
+    assert opt._find("scales").constraint is None
+
+
+def test_numbers_in_the_wrong_order_and_nan_are_refused_with_or_without_a_name() -> None:
     parameter, _opt = stepped()
-    refused(parameter, 0.5, -0.5, says=["0.5", "-0.5"])
-    high = torch.ones(3, 4)
-    high[1, 2] = -3.0
-    refused(parameter, torch.zeros(4), high, says=["1, 2", "-3"])
+    refused(parameter, 0.5, -0.5, says=["min 0.5 is above max -0.5"])
+    refused(parameter, math.nan, None, says=["min is nan"])
+    with pytest.raises(paramstate.ConstraintError, match=r"parameter of shape \[2\]: min 1\.0 is above max 0\.0"):
+        paramstate.clip_(nn.Parameter(torch.zeros(2)), 1.0, 0.0)
 
 
-def test_a_nan_bound_is_refused() -> None:
+def test_a_bound_that_is_no_real_number_is_refused() -> None:
     parameter, _opt = stepped()
-    refused(parameter, math.nan, None, says=["nan"])
-    low = torch.zeros(3, 4)
-    low[2, 1] = math.nan
-    refused(parameter, low, None, says=["2, 1", "nan"])
+    refused(parameter, "0", None, says=["min must be a real number or a tensor of such, got str"])
+    refused(parameter, None, 1j, says=["max must be a real number or a tensor of such, got a complex one"])
+    refused(parameter, torch.zeros(4) * 1j, says=["min must be", "got a complex one"])
 
 
-def test_a_bound_whose_shape_does_not_broadcast_is_refused() -> None:
+def test_a_function_beside_a_bound_is_refused() -> None:
     parameter, _opt = stepped()
-    refused(parameter, torch.zeros(5), None, says=["[5]", "[3, 4]"])
-    refused(parameter, None, torch.zeros(2, 3, 4), says=["[2, 3, 4]", "[3, 4]"])
+    for arguments in ((torch.tanh, 0.5), (0.5, torch.tanh), (None, torch.tanh)):
+        refused(parameter, *arguments, says=["a function takes the place of both bounds; give it as the only one"])
+
+
+def test_clip_of_a_complex_parameter_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    _opt = paramstate.Adam([("scales", weight)])
+    refused(weight, 0.0, 1.0, says=["is complex, and complex numbers have no order"])
 
 
 def test_a_callback_that_gives_another_shape_is_refused() -> None:
@@ -198,19 +254,40 @@ def test_a_callback_that_gives_another_shape_is_refused() -> None:
     refused(parameter, lambda values: values[0], says=["[4]", "[3, 4]"])
 
 
-def test_clip_without_bounds_applies_what_was_declared() -> None:
-    parameter = nn.Parameter(torch.linspace(-1, 1, 5))
-    opt = paramstate.Adam([("scales", parameter)], constraints={"scales": paramstate.Box(-0.5, 0.5)})
+@pytest.mark.parametrize(
+    ("declared", "wanted"),
+    [
+        (paramstate.Box(-0.5, 0.5), lambda values: values.clamp(-0.5, 0.5)),
+        (paramstate.Box(max=0.5), lambda values: values.clamp(max=0.5)),
+        (paramstate.Box(LOW, 3.0), lambda values: values.clamp(LOW, HIGH)),
+        (paramstate.NonNegative(), torch.relu),
+        (paramstate.MaxNorm(0.5), lambda values: values * (0.5 / values.norm())),
+        (paramstate.MaxNorm(0.5, dim=1), lambda values: values * (0.5 / values.norm(dim=1, keepdim=True))),
+        (paramstate.UnitNorm(dim=0), lambda values: values / values.norm(dim=0, keepdim=True)),
+        (torch.tanh, torch.tanh),
+    ],
+    ids=["box", "one side", "per element", "non-negative", "max norm", "max norm of rows", "unit norm", "function"],
+)
+def test_clip_without_bounds_applies_what_was_declared(
+    declared: object, wanted: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    parameter, opt = stepped()
+    opt.constrain("scales", declared)
     with torch.no_grad():
-        parameter.mul_(4)
+        parameter.copy_(torch.linspace(-7, 7, 12).reshape(3, 4))
+    id_before, version = opt.id_of(parameter), parameter._version
+    state = {key: tensor.clone() for key, tensor in opt.state[parameter].items()}
+    expected = wanted(parameter.detach().clone())
     assert paramstate.clip_(parameter) is parameter
-    assert float(parameter.detach().abs().max()) == 0.5
-    assert opt.name_of(parameter) == "scales"
+    torch.testing.assert_close(parameter.detach(), expected)
+    assert parameter._version > version
+    assert opt.id_of(parameter) == id_before
+    assert all(same_bits(state[key], opt.state[parameter][key]) for key in state)
 
 
 def test_clip_without_bounds_and_without_a_declaration_raises() -> None:
     parameter, _opt = stepped()
-    refused(parameter, says=[])
+    refused(parameter, says=["no bound is given and no optimizer declared a constraint", "opt.constrain(...)"])
 
 
 @pytest.mark.parametrize("cls", [paramstate.Adam, paramstate.AdamW])

@@ -170,6 +170,8 @@ def test_constraints_that_cannot_hold_are_refused_by_name_and_nothing_changes(bo
         (lambda: Box(float("nan"), 0.0), "min is nan"),
         (Box, "neither min nor max"),
         (lambda: Box("0"), "must be a number, a tensor or None, got str"),
+        (lambda: Box(1j), "must be a number, a tensor or None, got complex"),
+        (lambda: MaxNorm("1"), "must be a number, at least 0 and finite, got '1'"),
         (lambda: MaxNorm(-1.0), r"at least 0 and finite, got -1\.0"),
         (lambda: MaxNorm(float("nan")), "at least 0 and finite, got nan"),
     ],
@@ -180,9 +182,37 @@ def test_constraints_that_make_no_sense_are_refused(make: object, message: str) 
 
 
 def test_what_is_no_constraint_is_a_type_error() -> None:
-    _, opt = one(torch.randn(3))
-    with pytest.raises(TypeError, match="must be a Box, NonNegative"):
+    weight, opt = one(torch.randn(3))
+    with pytest.raises(TypeError, match=r"must be a Box, NonNegative.* got int"):
         opt.constrain("weight", 3)
+    with pytest.raises(TypeError, match=r"must be a Box, NonNegative.* got list"):
+        paramstate.Adam([weight], constraints=[Box(0.0, 1.0)])
+
+
+def test_of_several_constraints_none_is_declared_where_one_cannot_hold() -> None:
+    net = Net(["first"])
+    before = copy.deepcopy(net.state_dict())
+    bounds = {"first.weight": Box(0.0, 0.1), "first.bias": Box(max=torch.zeros(5))}
+    with pytest.raises(ConstraintError, match=r"'first\.bias': max has shape \[5\]"):
+        paramstate.AdamW(net, constraints=bounds)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_parameter_on_the_meta_device_may_have_any_constraint() -> None:
+    with torch.device("meta"):
+        net = Net(["first"])
+    bounds = Box(torch.zeros(2, 3, device="cpu"), 0.1)
+    opt = paramstate.AdamW(net, lr=0.5, constraints={"first.weight": bounds, "first.bias": UnitNorm()})
+    with pytest.raises(ConstraintError, match=r"'first\.weight': min 2\.0 is above max 1\.0 at index \[0, 0\]"):
+        opt.constrain("first.weight", Box(torch.full((2, 3), 2.0, device="cpu"), 1.0))
+    net.to_empty(device="cpu")
+    with torch.no_grad():
+        net.first.weight.fill_(-3.0)
+        net.first.bias.fill_(3.0)
+    opt.rebind(net)
+    train(net, opt, range(2))
+    assert net.first.weight.min() >= 0.0
+    assert net.first.bias.norm().item() == pytest.approx(1.0)
 
 
 def test_a_constraint_is_taken_off_with_none() -> None:
@@ -269,3 +299,98 @@ def test_constraints_hold_where_torch_takes_the_step() -> None:
     assert weight.detach().norm() <= 0.4 * (1 + 1e-5)
     with pytest.raises(ConstraintError, match=r"'weight' is complex"):
         opt.constrain("weight", NonNegative())
+
+
+@pytest.mark.parametrize("constraint", [MaxNorm(0.2, dim=1), UnitNorm(dim=(-1,)), MaxNorm(0.2)])
+def test_norms_are_of_the_same_elements_behind_the_map_that_carries_a_value(constraint: paramstate.Constraint) -> None:
+    weight, opt = one(torch.randn(4, 3), constraint)
+    steps(weight, opt)
+    moved = opt.replace_("weight", weight.detach().T.clone(), state=lambda t: t.T)
+    steps(moved, opt)
+    assert constraint.holds(moved.T)
+
+
+def test_norms_that_a_map_tears_apart_are_refused() -> None:
+    weight, opt = one(torch.randn(4, 3), MaxNorm(0.2, dim=1))
+    with pytest.raises(ConstraintError, match=r"'weight'.*no dimensions of the new layout"):
+        opt.replace_("weight", weight.detach().reshape(2, 6), state=lambda t: t.reshape(2, 6))
+    assert opt.param(opt.id_of("weight")) is weight
+
+
+def test_a_norm_over_a_dimension_twice_is_refused_and_not_declared() -> None:
+    weight, opt = one(torch.randn(4, 3))
+    with pytest.raises(ConstraintError, match=r"'weight'.*twice"):
+        opt.constrain("weight", MaxNorm(0.2, dim=(0, -2)))
+    steps(weight, opt, 1)
+
+
+def test_a_function_may_mend_what_is_no_number() -> None:
+    weight, opt = one(torch.tensor([1.0, 2.0]), lambda values: values.nan_to_num(0.0))
+    with torch.no_grad():
+        weight[0] = float("nan")
+    opt.step()
+    assert weight.tolist() == [0.0, 2.0]
+
+
+class FailsLater:
+    """A constraint that holds where it is declared, and fails when it is applied."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        if self.is_on:
+            raise ZeroDivisionError("by the user")
+        return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_function_that_fails_keeps_no_other_constraint_from_holding(dtype: torch.dtype, has_gradient: bool) -> None:
+    first, second, third = FailsLater(), FailsLater(), lambda values: values * 0.0
+    params = {name: nn.Parameter(torch.randn(2, dtype=dtype)) for name in "abc"}
+    opt = paramstate.Adam(params.items(), lr=0.5, max_grad_norm=1.0, constraints={"a": first, "b": second, "c": third})
+    first.is_on = second.is_on = True
+    for param in params.values() if has_gradient else [params["c"]]:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ConstraintError, match=r"'a': the step was taken.*ZeroDivisionError: by the user; .*'b'"):
+        opt.step()
+    assert not params["c"].any()
+    assert opt.state_of("c")["step"] == 1
+    assert opt.grad_norm is not None
+
+
+@pytest.mark.parametrize("constraint", [Box(torch.zeros(3), 1.0), NonNegative(), MaxNorm(1.0, dim=1), torch.tanh])
+def test_a_constraint_may_be_declared_before_a_model_has_memory(constraint: object) -> None:
+    layer = nn.Linear(3, 2, device="meta")
+    opt = paramstate.Adam(layer, constraints={"weight": constraint})
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        layer.weight.fill_(-3.0)
+    opt.step()
+    assert bool((layer.weight >= -1.0).all())
+    with pytest.raises(ConstraintError, match="nan"):
+        paramstate.Adam(nn.Linear(3, 2, device="meta"), constraints={"weight": Box(torch.full((3,), float("nan")))})
+
+
+@pytest.mark.parametrize("low", [torch.tensor([0, 1, 2]), torch.tensor([True, False, True])])
+def test_bounds_may_be_whole_numbers(low: torch.Tensor) -> None:
+    weight, opt = one(torch.randn(4, 3), Box(min=low))
+    steps(weight, opt)
+    assert bool((weight >= low).all())
+    with pytest.raises(ConstraintError, match="real numbers"):
+        Box(min=torch.zeros(3, dtype=torch.complex64))
+
+
+def test_a_bound_is_a_value_of_its_own() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    opt = paramstate.Adam([weight], lr=0.5, constraints=Box(max=weight.detach()))
+    weight.grad = -torch.ones(3)
+    opt.step()
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+    weight.grad = 9.0 * torch.ones(3)
+    opt.step()
+    weight.grad = -99.0 * torch.ones(3)
+    opt.step()
+    opt.step()
+    assert weight.tolist() == [1.0, 1.0, 1.0]

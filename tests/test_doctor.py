@@ -293,3 +293,18 @@ def test_looking_changes_nothing(kind: type[torch.optim.AdamW]) -> None:
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert list(after["state"]) == list(before["state"])
+
+
+@pytest.mark.parametrize("owner", ["model", "optimizer"])
+def test_what_an_edit_session_wrote_and_restored_is_no_write_of_others(owner: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    train(net, opt, range(3))
+    with torch.no_grad():
+        net.second.weight.add_(1.0)
+    with paramstate.edit(net) if owner == "model" else opt.edit(), torch.no_grad():
+        net.first.weight.add_(1.0)
+        net.second.weight.add_(1.0)
+        assert len(doctor(net, opt).processed_under_old_moments) == 2
+    (finding,) = doctor(net, opt).processed_under_old_moments
+    assert (finding.name, finding.note) == ("second.weight", "written once by others since step 0")

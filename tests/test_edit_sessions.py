@@ -10,7 +10,7 @@ from torch import nn
 
 import paramstate
 from paramstate import EditError, edit
-from paramstate.captures import same_bits
+from paramstate.editing.captures import same_bits
 from small_models import Net, assert_same_bits, give_gradient, state_by_name, train
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -72,6 +72,34 @@ def test_buffers_and_requires_grad_come_back() -> None:
     assert_holds(net, before)
     assert net[1].weight.requires_grad
     assert not net[0].weight.requires_grad, "what was not selected is left alone"
+
+
+class Rotary(nn.Module):
+    """As in a transformer: buffers, and no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(2), persistent=False)
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True], ids=["model", "optimizer"])
+def test_buffers_below_a_module_that_is_edited_as_a_whole_come_back(by_optimizer: bool) -> None:
+    net = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), Rotary()), "b": nn.Sequential(nn.Linear(2, 2), Rotary())})
+    net.register_buffer("count", torch.zeros(1))
+    opt = paramstate.Adam(net)
+
+    def names(*what: str) -> list[str]:
+        with opt.edit(list(what) or None) if by_optimizer else edit(net, *what) as session:
+            return [name for name in session.base() if not name.endswith(("weight", "bias"))]
+
+    assert names("a") == ["a.1.frequencies"]
+    assert names("a.0.weight") == []
+    assert names() == ["count", "a.1.frequencies", "b.1.frequencies"]
+    with opt.edit() if by_optimizer else edit(net):
+        net["a"][1].frequencies.zero_()
+        net.count = torch.ones(1)
+    assert net["a"][1].frequencies.tolist() == [1.0, 1.0]
+    assert net.count.item() == 0.0
 
 
 def test_some_parameters_are_restored_and_others_stay_edited() -> None:
@@ -237,6 +265,43 @@ def test_a_reset_edit_starts_afresh_and_a_commit_keeps_it_so() -> None:
         session.commit()
     assert opt.state_of("first.weight") == {}
     assert opt.state_of("first.bias")["step"] == 3
+
+
+def test_a_change_of_state_alone_is_a_step_of_the_history() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(3))
+    with opt.edit("first.weight", state="reset") as session:
+        session.commit()  # before any value was changed
+    assert opt.state_of("first.weight") == {}
+    with opt.edit("second.weight", state="snapshot") as session:
+        opt.freeze_rows("second.weight", [0])
+        session.undo()
+        assert opt._find("second.weight").rows is None
+        session.redo()
+        assert opt._find("second.weight").rows is not None
+
+
+@pytest.mark.parametrize("state", ["keep", "snapshot"])
+def test_requires_grad_comes_back_with_the_object_of_what_was_frozen_meanwhile(state: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    original = net.first.weight
+    with opt.edit("first.weight", state=state):
+        net.first.weight = nn.Parameter(torch.zeros(2, 3))
+        opt.freeze("first.weight")
+    assert net.first.weight is original
+    assert original.requires_grad
+
+
+def test_an_optimizer_that_knows_no_model_puts_values_back_into_what_the_model_holds() -> None:
+    net = Net()
+    before = net.first.weight.detach().clone()
+    opt = paramstate.AdamW(net.named_parameters(), lr=0.1)
+    with opt.edit("first.weight"):
+        net.first.weight = nn.Parameter(torch.zeros(2, 3))
+    assert opt.param(opt.ids["first.weight"]) is net.first.weight, "what is trained is what is in the model"
+    assert torch.equal(net.first.weight, before)
 
 
 def test_bare_parameters_are_edited_too() -> None:

@@ -54,13 +54,36 @@ def test_replace_module_with_a_fresh_one_of_the_same_shapes(known_by: str) -> No
     assert_trains(net, opt)
 
 
+def test_replace_module_under_the_policy_to_start_the_state_anew() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, on_replace="reset")
+    train(net, opt, range(3))
+    ids = dict(opt.ids)
+    net.third = Layer()
+    train(net, opt, [10])
+    assert {name: opt.id_of(p) for name, p in net.named_parameters()} == ids
+    assert [float(opt.state_of(name)["step"]) for name in ("third.weight", "third.bias", "first.weight")] == [1, 1, 4]
+
+
+def test_replace_module_under_the_policy_that_forbids_it_is_refused_at_once() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, on_replace="error")
+    train(net, opt, range(3))
+    held, before = net.third, state_by_name(net, opt)
+    with pytest.raises(paramstate.ReplacedParameterError, match=r"'third\.weight' was replaced .*on_replace='error'"):
+        net.third = Layer()
+    assert net.third is held
+    assert_same_bits(state_by_name(net, opt), before)
+    train(net, opt, [10])
+
+
 def test_replace_module_of_another_shape() -> None:
     net, opt = trained()
     opt.zero_grad()
     net.third = nn.Linear(3, 7)
     set_gradients(net, 10)
     before = state_by_name(net, opt)
-    with pytest.raises((paramstate.StateShapeError, paramstate.ReplacedParameterError), match=r"third\.weight"):
+    with pytest.raises(paramstate.StateShapeError, match=r"'third\.weight': .*\[2, 3\].*\[7, 3\].*replace_"):
         opt.step()
     assert_same_bits(state_by_name(net, opt), before)
     report = opt.rebind(net)
@@ -122,6 +145,9 @@ def test_module_moved() -> None:
     moved = [p for name, p in net.named_parameters() if "lora" not in name]
     assert {id(p): opt.id_of(p) for p in moved} == ids
     assert {id(p): float(opt.state[p]["step"]) - 1 for p in moved} == steps
+    found = paramstate.doctor(net, opt)
+    assert [finding.name for finding in found.in_model_not_trained] == ["second.lora_a", "second.lora_b"]
+    assert list(found.findings) == ["in_model_not_trained"]
     report = opt.rebind(net)
     assert sorted(report.unmanaged) == ["second.lora_a", "second.lora_b"]
     report = opt.rebind(net, group={"lr": 0.1})

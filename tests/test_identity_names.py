@@ -143,6 +143,11 @@ def test_tied() -> None:
     opt.step()
     assert opt.state_of("head.weight") is opt.state_of("embed.weight")
     assert float(opt.state_of("head.weight")["step"]) == 1
+    with pytest.raises(paramstate.SelectionError, match=r"'head\.weight' is tied to 'embed\.weight', which is not"):
+        opt.reset("head.*")
+    with pytest.raises(paramstate.SelectionError, match=r"'embed\.weight' is tied to 'head\.weight', which is not"):
+        paramstate.select(net, nn.Embedding).names  # noqa: B018
+    assert float(opt.state_of("head.weight")["step"]) == 1
 
 
 def test_untie() -> None:

@@ -176,6 +176,21 @@ def test_overwrite_on_conversion() -> None:
     assert_trains(net, opt)
 
 
+@pytest.mark.parametrize("policy", ["error", "reset"])
+def test_overwrite_on_conversion_under_another_policy(policy: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.01, on_replace=policy)
+    train(net, opt, range(3))
+    with future_flag(torch.__future__.set_overwrite_module_params_on_conversion):
+        net.double()
+    if policy == "error":
+        with pytest.raises(paramstate.ReplacedParameterError, match=r"first\.weight.*on_replace='error'"):
+            opt.zero_grad()
+    else:
+        train(net, opt, [10])
+        assert all(float(opt.state[p]["step"]) == 1 for p in net.parameters())
+
+
 def test_swap_on_conversion() -> None:
     net, opt = trained()
     objects, ids = list(net.parameters()), dict(opt.ids)
@@ -330,16 +345,21 @@ def test_swap_in_group_then_state_dict() -> None:
     assert_same_bits(state_by_name(net, opt), clamped_in_place_and_trained())
 
 
-def test_swap_in_group_without_the_state_is_a_clear_error_or_moves_it() -> None:
+def test_swap_in_group_without_the_state_is_a_clear_error_while_the_model_holds_the_old_object() -> None:
     net, opt = trained()
+    opt.param_groups[0]["params"][0] = clamped(net.first.weight)
+    with pytest.raises(KeyError, match=r"state of a parameter '.*first\.weight' that is in no group; put it into"):
+        opt.state_dict()
+
+
+def test_swap_in_group_without_the_state_moves_it_where_no_model_is_known() -> None:
+    net, opt = trained(BUILDERS["bare"])
+    held, id_before = opt.state[net.first.weight], opt.id_of(net.first.weight)
     new = clamped(net.first.weight)
     opt.param_groups[0]["params"][0] = new
-    try:
-        saved = opt.state_dict()
-    except KeyError as error:
-        assert "first.weight" in str(error)  # noqa: PT017
-    else:
-        assert len(saved["state"]) == 6
+    assert len(opt.state_dict()["state"]) == 6
+    assert opt.state[new] is held
+    assert opt.id_of(new) == id_before
 
 
 def test_replace_of_a_value_and_of_an_object_keeps_the_id() -> None:

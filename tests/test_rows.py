@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pkgutil
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -328,16 +332,16 @@ def test_bounds_of_each_row_follow_it() -> None:
 
 
 STAGES = [
-    ("paramstate.row_targets.successor", 0),
-    ("paramstate.row_targets.successor", 1),
-    ("paramstate.membership.Membership._exchange", 0),
-    ("paramstate.membership.Membership._exchange", 1),
-    ("paramstate.membership.Membership._traits_changed", 0),
-    ("paramstate.membership.Membership._traits_changed", 1),
-    ("paramstate.membership.Membership._put_into_slots", 0),
-    ("paramstate.membership.Membership._put_into_slots", 1),
-    ("paramstate.row_targets.EditedBuffer.install", 0),
-    ("paramstate.row_edits.EditRows._renew_side", 0),
+    ("paramstate.surgery.row_targets.successor", 0),
+    ("paramstate.surgery.row_targets.successor", 1),
+    ("paramstate.identity.membership.Membership._exchange", 0),
+    ("paramstate.identity.membership.Membership._exchange", 1),
+    ("paramstate.identity.membership.Membership._traits_changed", 0),
+    ("paramstate.identity.membership.Membership._traits_changed", 1),
+    ("paramstate.identity.membership.Membership._put_into_slots", 0),
+    ("paramstate.identity.membership.Membership._put_into_slots", 1),
+    ("paramstate.surgery.row_targets.EditedBuffer.install", 0),
+    ("paramstate.surgery.row_edits.EditRows._renew_side", 0),
 ]
 
 
@@ -361,7 +365,7 @@ def test_a_failure_at_any_stage_leaves_everything_as_it_was(
     }
     values = copy.deepcopy([*model.parameters(), *opt.state_of("a.weight").values()])
     module_name, attribute = place.rsplit(".", 1)
-    owner = _resolve(module_name)
+    owner = pkgutil.resolve_name(module_name)
     real, count = getattr(owner, attribute), [0]
 
     def failing(*args: object, **options: object) -> object:
@@ -395,12 +399,6 @@ def test_a_failure_at_any_stage_leaves_everything_as_it_was(
     assert opt.row_steps("a.weight").tolist() == [1, 2, 2, 2, 2], "it goes on, row 0 frozen still"
 
 
-def _resolve(path: str) -> object:
-    parts = path.split(".")
-    module = __import__(".".join(parts[:2]), fromlist=["_"])
-    return getattr(module, parts[2]) if len(parts) > 2 else module
-
-
 def test_an_exception_inside_the_block_applies_nothing() -> None:
     table = Table()
     opt = paramstate.AdamW(table)
@@ -416,6 +414,39 @@ def test_an_exception_inside_the_block_applies_nothing() -> None:
     assert table.weight is old
 
 
+def test_a_closed_edit_of_rows_refuses_work_and_shows_the_parameters_themselves() -> None:
+    table = Table()
+    model = nn.ModuleDict({"a": table, "b": Table()})
+    opt = paramstate.AdamW(model)
+    with opt.edit_rows() as rows:
+        rows.keep(["a.weight", "a.seen"], [0, 2])
+        with pytest.raises(ValueError, match=r"is one target, and '\*\.weight' stands for 2"):
+            rows["*.weight"]
+    assert rows["a.weight"] is table.weight
+    assert rows["a.seen"] is table.seen
+    assert rows["b.weight"] is opt.param(opt.ids["b.weight"])
+    for closed in (rows.keep, rows.gather, rows.permute, rows.reset):
+        with pytest.raises(paramstate.EditError, match="inside a block"):
+            closed("a.weight", [0])
+    assert list(table.weight.shape) == [2, 3]
+
+
+def test_an_edit_of_rows_that_failed_shows_what_is_there_still() -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    rows = opt.edit_rows()
+
+    def edit() -> None:
+        with rows:
+            rows.keep(["weight", "seen"], [0])
+            rows.append("weight", torch.zeros(1, 9))
+
+    with pytest.raises(StateShapeError):
+        edit()
+    assert rows["weight"] is table.weight
+    assert list(rows["seen"].shape) == [5]
+
+
 def test_a_step_inside_the_block_is_noticed() -> None:
     table = Table()
     opt = paramstate.AdamW(table)
@@ -425,7 +456,7 @@ def test_a_step_inside_the_block_is_noticed() -> None:
             rows.keep("weight", [0])
             step(table, opt, torch.ones(5, 3))
 
-    with pytest.raises(paramstate.ReplacedParameterError, match="'weight' was changed while its rows were edited"):
+    with pytest.raises(paramstate.ReplacedParameterError, match=r"'weight' was changed while its rows were edited"):
         edit()
     assert list(table.weight.shape) == [5, 3]
 
@@ -477,6 +508,97 @@ def test_a_second_stepped_dimension_is_refused_by_name() -> None:
     with opt.edit_rows() as rows:
         rows.permute("weight", [2, 1, 0], dim=1)  # without fresh rows another dimension is no matter
     assert opt.row_steps("weight").tolist() == [1] * 5 + [0]
+
+
+def test_rows_that_are_alike_again_may_differ_along_another_dimension() -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    step(table, opt, torch.ones(5, 3), rows={"weight": [0, 1, 2, 3, 4]})
+    opt.freeze_rows("weight", [2])
+    with opt.edit_rows() as rows:
+        rows.keep("weight", [0, 1, 3])  # the frozen one goes
+    step(table, opt, torch.ones(3, 3), rows={"weight": []})  # each of them sat one out
+    opt.freeze_rows("weight", [], dim=0)
+    opt.freeze_rows("weight", [1], dim=1)
+    step(table, opt, torch.ones(3, 3))
+    assert opt.row_steps("weight").tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("how", ["del", "policy", "materialize"])
+def test_rows_begin_anew_with_the_state(dtype: torch.dtype, how: str) -> None:
+    table = Table(dtype=dtype)
+    opt = paramstate.AdamW(table, on_replace="reset")
+    step(table, opt, torch.ones(5, 3))
+    with opt.edit_rows() as rows:
+        rows.append("weight", 1)
+    opt.freeze_rows("weight", [0])
+    if how == "policy":
+        table.weight = nn.Parameter(table.weight.detach().clone())
+    else:
+        del opt.state[table.weight]
+    assert opt.row_steps("weight").tolist() == [0] * 6
+    if how == "materialize":
+        opt.materialize_state()
+    step(table, opt, torch.ones(6, 3), rows={"weight": [0, 1, 2, 3]})
+    assert opt.row_steps("weight").tolist() == [0, 1, 1, 1, 0, 0], "row 0 is frozen still"
+    opt.unfreeze_rows("weight")
+    del opt.state[table.weight]
+    step(table, opt, torch.ones(6, 3), rows={"weight": [5]})
+    assert opt.row_steps("weight").tolist() == [0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("how", ["reset", "rebind"])
+def test_fresh_state_of_another_number_of_rows_has_nothing_of_the_rows_before(how: str) -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    step(table, opt, torch.ones(5, 3))
+    opt.freeze_rows("weight", [4])
+    table.weight = nn.Parameter(torch.ones(2, 3))
+    if how == "reset":
+        opt.reset("weight")
+    else:
+        assert opt.rebind(table).reshaped == ["weight"]
+    step(table, opt, torch.ones(2, 3))
+    assert opt.row_steps("weight").tolist() == [1, 1]
+
+
+def test_edits_leave_the_values_of_what_is_frozen_as_they_are() -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    opt.freeze_rows("weight", [0])
+    opt.constrain("weight", Box(-0.01, 0.01))
+    before = table.weight.detach().clone()
+    with opt.edit_rows() as rows:
+        rows.gather("weight", [0, 1])
+        rows.append("weight", torch.ones(1, 3))
+    assert torch.equal(table.weight[0], before[0])
+    assert bool((table.weight[1:].abs() <= 0.01).all())
+    opt.freeze("weight")
+    with opt.edit_rows() as rows:
+        rows.append("weight", torch.ones(1, 3))
+    assert torch.equal(table.weight[3], torch.ones(3))
+
+
+def test_bounds_of_no_rows_are_none_for_a_new_one() -> None:
+    table = Table()
+    opt = paramstate.AdamW(table, constraints=Box(min=torch.arange(5.0)[:, None]))
+    with opt.edit_rows() as rows:
+        rows.keep("weight", [])
+    with pytest.raises(paramstate.ConstraintError, match="a new row has none"), opt.edit_rows() as rows:
+        rows.append("weight", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_function_that_constrains_leaves_rows_alone_that_a_step_leaves_out(dtype: torch.dtype) -> None:
+    table = Table(dtype=dtype)
+    opt = paramstate.AdamW(table, lr=0.1)
+    step(table, opt, torch.ones(5, 3))
+    opt.constrain("weight", torch.zeros_like)
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+    step(table, opt, torch.ones(5, 3), rows={"weight": [1, 2]})
+    assert table.weight[:, 0].tolist() == [1.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_rows_survive_deepcopy_save_load_and_replacement() -> None:
@@ -538,3 +660,205 @@ def test_a_handed_over_store_brings_rows_bounds_and_frozen_parameters_along() ->
     assert again.row_steps("a.weight").tolist() == [2, 1, 2, 2, 2]
     assert torch.equal(model["b"].weight, before)
     assert model["a"].weight.min() >= -0.2
+
+
+class Tied(nn.Module):
+    """A table whose rows are the weights of a layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+        self.head = nn.Linear(3, 4, bias=False)
+        self.head.weight = self.table.weight
+
+
+def test_a_target_that_is_named_twice_is_edited_once() -> None:
+    tied = Tied()
+    opt = paramstate.Adam(tied)
+    with opt.edit_rows() as rows:
+        rows.append(["table.weight", "head.weight"], 2)
+        rows.keep([tied.table.weight, "*.weight"], [0, 1, 5])
+    assert tied.table.weight.shape == (3, 3)
+    assert tied.head.weight is tied.table.weight
+
+
+def test_a_parameter_is_found_under_its_key_in_the_users_dict() -> None:
+    table = Table()
+    opt = paramstate.Adam(nn.ModuleDict({"scene": table}))
+    side: dict[str, torch.Tensor] = {"means": table.weight}
+    with opt.edit_rows(side) as rows:
+        rows.keep("means", [1, 2])
+    assert table.weight.shape == (2, 3)
+    assert side["means"] is table.weight is rows["means"]
+
+
+def test_a_parameter_beside_the_optimizers_stays_one() -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    side: dict[str, torch.Tensor] = {"extra": nn.Parameter(torch.ones(5, 2)), "leaf": torch.ones(5, requires_grad=True)}
+    with opt.edit_rows(side) as rows:
+        rows.keep(["weight", "extra", "leaf"], [1, 2])
+    assert isinstance(side["extra"], nn.Parameter)
+    assert side["extra"].shape == (2, 2)
+    assert side["leaf"].requires_grad
+
+
+def test_edits_outside_of_the_block_are_refused() -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    with pytest.raises(RuntimeError, match="inside a block"):
+        opt.edit_rows().keep("weight", [0])
+    with opt.edit_rows() as rows:
+        rows.keep("weight", [0, 1])
+    with pytest.raises(RuntimeError, match="inside a block"):
+        rows.keep("weight", [0])
+    with pytest.raises(RuntimeError, match="anew"), rows:
+        pass
+    assert table.weight.shape == (2, 3)
+
+
+def test_a_call_that_fails_edits_none_of_its_targets() -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    with opt.edit_rows(side={"few": torch.ones(2)}) as rows, pytest.raises(RowIndexError, match="few"):
+        rows.keep(["weight", "few"], [3, 4])
+    assert table.weight.shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda opt: opt.zero_grad(),
+        lambda opt: opt.param(opt.ids["weight"]).sum().backward(),
+        lambda opt: opt.freeze_rows("weight", [1]),
+        lambda opt: opt.constrain("weight", Box(-9.0, 9.0)),
+    ],
+    ids=["zero_grad", "backward", "freeze_rows", "constrain"],
+)
+def test_what_changes_inside_the_block_is_not_lost_but_noticed(change: Callable[..., object]) -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    step(table, opt, torch.ones(5, 3))
+
+    def edit() -> None:
+        with opt.edit_rows() as rows:
+            rows.keep("weight", [0, 1])
+            change(opt)
+
+    with pytest.raises(paramstate.ReplacedParameterError, match="nothing was applied"):
+        edit()
+    assert table.weight.shape == (5, 3)
+
+
+def test_an_edit_keeps_nothing_of_what_was_before_alive() -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    step(table, opt, torch.ones(5, 3))
+    former = [weakref.ref(tensor.untyped_storage()) for tensor in (table.weight, table.weight.grad, table.seen)]
+    former += [weakref.ref(opt.state_of("weight")[key].untyped_storage()) for key in ("exp_avg", "exp_avg_sq")]
+    with opt.edit_rows() as rows:
+        rows.keep(["weight", "seen"], [0, 1])
+    gc.collect()
+    assert [reference() for reference in former] == [None] * 5
+    assert rows["weight"] is table.weight
+
+
+def test_rows_go_through_the_map_that_carries_a_value() -> None:
+    table = Table(rows=3)
+    opt = paramstate.Adam(table, lr=0.1)
+    step(table, opt, torch.ones(3, 3))
+    step(table, opt, torch.ones(3, 3), rows={"weight": [0]})
+    opt.freeze_rows("weight", [0])
+    frozen = table.weight[0].clone()
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[[1, 2, 0]].T
+
+    opt.replace_("weight", turned(table.weight.detach()), state=turned)
+    step(table, opt, torch.ones(3, 3))
+    assert torch.equal(table.weight[:, 2], frozen)
+    assert opt.row_steps("weight").tolist() == [2, 2, 2]
+    opt.unfreeze_rows("weight")
+    step(table, opt, torch.ones(3, 3))
+    assert opt.row_steps("weight").tolist() == [3, 3, 3]
+
+
+def test_a_map_behind_which_rows_are_none_is_refused_and_nothing_changes() -> None:
+    table = Table(rows=4)
+    opt = paramstate.Adam(table)
+    opt.freeze_rows("weight", [0])
+    with pytest.raises(UnsupportedError, match=r"'weight'.*along more than one dimension"):
+        opt.replace_("weight", table.weight.detach().reshape(2, 6), state=lambda t: t.reshape(2, 6))
+    with pytest.raises(StateShapeError, match=r"'weight': some of its 4 rows .* are frozen"):
+        opt.replace_("weight", torch.ones(2, 3), state="reset")
+    assert table.weight.shape == (4, 3)
+
+
+@pytest.mark.parametrize("saved_by", [torch.optim.Adam, paramstate.Adam])
+def test_loaded_state_says_how_often_rows_were_stepped(saved_by: type[torch.optim.Optimizer]) -> None:
+    table, other = Table(), Table()
+    opt, source = paramstate.Adam(table, lr=0.1), saved_by(other.named_parameters(), lr=0.1)
+    for grad in grads(3):
+        step(table, opt, grad, rows={"weight": [0]})
+    opt.freeze_rows("weight", [4])
+    step(other, source, torch.ones(5, 3))
+    opt.load_state_dict(source.state_dict())
+    assert opt.row_steps("weight").tolist() == [1] * 5
+    step(table, opt, torch.ones(5, 3))
+
+
+def test_a_parameter_that_a_file_lacks_starts_afresh_with_all_rows() -> None:
+    model = nn.ModuleDict({"a": Table(), "b": Table()})
+    opt = paramstate.Adam(model)
+    for table in model.values():
+        step(table, opt, torch.ones(5, 3), rows={"a.weight": [0]})
+    report = opt.load_state_dict(paramstate.Adam({"b": Table()}["b"]).state_dict(), strict=False)
+    assert "a.weight" in report.missing
+    assert opt.row_steps("a.weight").tolist() == [0] * 5
+    opt.step()
+    assert opt.row_steps("a.weight").tolist() == [1] * 5
+
+
+def test_rows_are_alike_again_where_a_replacement_resets_the_state() -> None:
+    table = Table()
+    opt = paramstate.Adam(table, lr=0.1, on_replace="reset")
+    for grad in grads(2):
+        step(table, opt, grad, rows={"weight": [0]})
+    table.weight = nn.Parameter(table.weight.detach().clone())
+    step(table, opt, torch.ones(5, 3))
+    assert opt.row_steps("weight").tolist() == [1] * 5
+
+
+def test_rows_are_alike_again_where_a_rebound_model_has_others() -> None:
+    table = Table()
+    opt = paramstate.Adam(table, lr=0.1)
+    for grad in grads(2):
+        step(table, opt, grad, rows={"weight": [0]})
+    wider = Table(rows=7)
+    assert opt.rebind(wider).reshaped == ["weight"]
+    step(wider, opt, torch.ones(7, 3))
+    assert opt.row_steps("weight").tolist() == [1] * 7
+
+
+def test_a_step_that_fails_or_takes_all_rows_lets_them_be_alike() -> None:
+    table = Table()
+    opt = paramstate.Adam(table)
+    step(table, opt, torch.ones(5, 3))
+    held = opt.state[table.weight]
+    held["exp_avg"], kept = torch.zeros(2), held["exp_avg"]
+    with pytest.raises(StateShapeError):
+        step(table, opt, torch.ones(5, 3), rows={"weight": [0]})
+    held["exp_avg"] = kept
+    assert "rows" not in opt.state_dict()["paramstate"]["traits"][0]
+    step(table, opt, torch.ones(5, 3), rows={"weight": range(5)})
+    opt.freeze_rows("weight", [])
+    assert "rows" not in opt.state_dict()["paramstate"]["traits"][0]
+
+
+def test_a_step_that_names_a_parameter_twice_is_refused() -> None:
+    tied = Tied()
+    opt = paramstate.Adam(tied)
+    tied.table.weight.grad = torch.ones(4, 3)
+    with pytest.raises(paramstate.SelectionError, match=r"'table.weight'.*twice"):
+        opt.step(rows={"table.weight": [0], "head.weight": [1]})
+    assert not opt.state_of("table.weight")

@@ -81,3 +81,35 @@ def test_a_value_at_the_rounded_bound_is_inside(dtype: torch.dtype) -> None:
     stepped.grad = torch.ones(3)
     opt.step()
     assert idle._version == version
+
+
+def test_what_rows_have_of_their_own_goes_through_the_map() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    opt = paramstate.AdamW(model, lr=0.1)
+    for active in ([0, 1, 2, 3], [1, 3]):
+        model.weight.sum().backward()
+        opt.step(rows={"weight": active})
+    opt.freeze_rows("weight", [3])
+    frozen = model.weight[3].clone()
+    opt.replace_("weight", model.weight.T, state=lambda t: t.T.contiguous())
+    assert opt.row_steps("weight").tolist() == [1, 2, 1, 2]
+    opt.zero_grad()
+    model.weight.sum().backward()
+    opt.step()
+    assert opt.row_steps("weight").tolist() == [2, 3, 2, 2]
+    assert torch.equal(model.weight[:, 3], frozen)
+    before = model.weight
+    with pytest.raises(paramstate.UnsupportedError, match=r"'weight'.*along more than one dimension"):
+        opt.replace_("weight", model.weight.reshape(2, 6), state=lambda t: t.reshape(2, 6))
+    assert model.weight is before
+
+
+def test_a_norm_is_of_the_same_elements_behind_the_map() -> None:
+    model = nn.Linear(3, 4, bias=False)
+    opt = paramstate.AdamW(model, lr=0.1, constraints=paramstate.UnitNorm(dim=1))
+    opt.replace_("weight", model.weight.T, state=lambda t: t.T.contiguous())
+    model.weight.square().sum().backward()
+    opt.step()
+    assert torch.allclose(model.weight.norm(dim=0), torch.ones(4))
+    with pytest.raises(paramstate.ConstraintError, match="no dimensions of the new layout"):
+        opt.replace_("weight", model.weight.flatten(), state=torch.flatten)

@@ -16,6 +16,7 @@ from .errors import (
     LoadError as LoadError,
     OverlapError as OverlapError,
     ParamStateError as ParamStateError,
+    RelayoutError as RelayoutError,
     ReplacedParameterError as ReplacedParameterError,
     RowIndexError as RowIndexError,
     SelectionError as SelectionError,
@@ -25,49 +26,51 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .backbones import base_model as base_model, base_models as base_models
     from .clip import clip_ as clip_, clip_grad_norm_ as clip_grad_norm_, clip_grad_value_ as clip_grad_value_
     from .comparison import DiffReport as DiffReport, diff as diff
-    from .constraints import Box as Box, Constraint as Constraint, NonNegative as NonNegative
+    from .declared.constraints import Box as Box, Constraint as Constraint, NonNegative as NonNegative
+    from .declared.norm_constraints import MaxNorm as MaxNorm, UnitNorm as UnitNorm
+    from .declared.projections import Projection as Projection
     from .diagnosis import Diagnosis as Diagnosis, doctor as doctor
-    from .editing import EditSession as EditSession, edit as edit
-    from .matching import LoadReport as LoadReport
-    from .norm_constraints import MaxNorm as MaxNorm, UnitNorm as UnitNorm
+    from .editing.session import EditSession as EditSession, edit as edit
+    from .identity.rebinding import RebindReport as RebindReport
+    from .identity.wrappers import canonical_names as canonical_names
+    from .loading.matching import LoadReport as LoadReport
     from .optim import Adam as Adam, AdamW as AdamW
-    from .projections import Projection as Projection
-    from .rebinding import RebindReport as RebindReport
-    from .row_edits import EditRows as EditRows
-    from .selection import Selection as Selection, select as select
-    from .wrappers import canonical_names as canonical_names
+    from .selection.backbones import base_model as base_model, base_models as base_models
+    from .selection.selecting import Selection as Selection, select as select
+    from .surgery.relayouting import RelayoutReport as RelayoutReport
+    from .surgery.row_edits import EditRows as EditRows
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Adam": "optim",
     "AdamW": "optim",
-    "Box": "constraints",
-    "Constraint": "constraints",
+    "Box": "declared.constraints",
+    "Constraint": "declared.constraints",
     "Diagnosis": "diagnosis",
     "DiffReport": "comparison",
-    "EditRows": "row_edits",
-    "EditSession": "editing",
-    "LoadReport": "matching",
-    "MaxNorm": "norm_constraints",
-    "NonNegative": "constraints",
-    "Projection": "projections",
-    "RebindReport": "rebinding",
-    "UnitNorm": "norm_constraints",
-    "Selection": "selection",
-    "base_model": "backbones",
-    "base_models": "backbones",
-    "canonical_names": "wrappers",
+    "EditRows": "surgery.row_edits",
+    "EditSession": "editing.session",
+    "LoadReport": "loading.matching",
+    "MaxNorm": "declared.norm_constraints",
+    "NonNegative": "declared.constraints",
+    "Projection": "declared.projections",
+    "RebindReport": "identity.rebinding",
+    "RelayoutReport": "surgery.relayouting",
+    "UnitNorm": "declared.norm_constraints",
+    "Selection": "selection.selecting",
+    "base_model": "selection.backbones",
+    "base_models": "selection.backbones",
+    "canonical_names": "identity.wrappers",
     "clip_": "clip",
     "clip_grad_norm_": "clip",
     "clip_grad_value_": "clip",
     "diff": "comparison",
     "doctor": "diagnosis",
-    "edit": "editing",
-    "select": "selection",
+    "edit": "editing.session",
+    "select": "selection.selecting",
 }
 
 __all__ = [
@@ -90,6 +93,8 @@ __all__ = [
     "ParamStateError",
     "Projection",
     "RebindReport",
+    "RelayoutError",
+    "RelayoutReport",
     "ReplacedParameterError",
     "RowIndexError",
     "Selection",

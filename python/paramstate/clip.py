@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .bounds import Bound, broadcast_bound, require_ordered
-from .constraints import Constraint
+from .declared.bounds import Bound, broadcast_bound, require_ordered
+from .declared.constraints import Constraint
+from .declared.projections import Projection
 from .errors import ConstraintError
-from .hooks import listeners
-from .identity import Entry
-from .membership import Membership
-from .projections import Projection
-from .versions import own_writes
+from .identity.hooks import listeners
+from .identity.membership import Membership
+from .identity.table import Entry
+from .identity.versions import own_writes
 
 
 @overload
@@ -40,8 +40,9 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         Tensor: the parameter itself.
 
     Raises:
-        ConstraintError: ``min`` is above ``max`` somewhere, a bound is NaN, a bound does not broadcast, the function
-            returns another shape, or there is neither a bound nor a declared constraint. The values are as they were.
+        ConstraintError: ``min`` is above ``max`` somewhere, a bound is NaN or no real number, a bound does not
+            broadcast, the parameter is complex, the function returns another shape or comes with a second bound, or
+            there is neither a bound nor a declared constraint. The values are as they were.
 
     Example:
         >>> import torch
@@ -53,12 +54,14 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         >>> clip_(weight, lambda values: values.clamp(max=values.mean())).tolist()
         [-1.0, 0.1666666716337204, 0.1666666716337204]
     """
+    called = _Called(param)
+    if callable(max) or (callable(min) and max is not None):
+        raise ConstraintError(f"{called}: a function takes the place of both bounds; give it as the only one")
     if callable(min) or (min is None and max is None):
         constraint = Projection(min) if callable(min) else _declared(param)
         with torch.no_grad(), own_writes(_entries(param)):
-            constraint.project_(param, str(_Called(param)))
+            constraint.project_(param, str(called))
         return param
-    called = _Called(param)
     low, high = broadcast_bound(param, called, "min", min), broadcast_bound(param, called, "max", max)
     if low is not None and high is not None:
         require_ordered(called, low, high)
@@ -96,7 +99,7 @@ class _Called:
             if isinstance(optimizer, Membership):
                 entry = optimizer._entry(self._param)
                 if entry is not None:
-                    return f"parameter {optimizer._table.name(entry)!r}"
+                    return optimizer._table.called(entry)
         return f"parameter of shape {list(self._param.shape)}"
 
 

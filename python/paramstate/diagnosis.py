@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from . import _core, table
 from .comparison.sides import names_of
 from .identified import IdentifiedOptimizer
-from .versions import Baseline, baseline, foreign_writes
-from .wrappers import canonical_names
+from .identity.versions import Baseline, baseline, foreign_writes
+from .identity.wrappers import canonical_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What ``doctor`` found, a list for each question. Prints as a table, by rich where that prints it."""
+    """What ``doctor`` found, a list for each question. Prints as a table, by rich where that prints it.
+
+    Example:
+        >>> import torch
+        >>> from paramstate import AdamW, doctor
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1, bias=False))
+        >>> found = doctor(model, AdamW(model[0]))
+        >>> found.healthy, list(found.findings), found.as_dict()["in_model_not_trained"][0]["name"]
+        (False, ['in_model_not_trained'], '1.weight')
+    """
 
     trained_not_in_model: list[Finding] = field(default_factory=list)
     """In a group, but nowhere in the model, nor in another model that the optimizer knows: a dead tensor is trained."""
@@ -135,6 +145,9 @@ def doctor(model: nn.Module, opt: torch.optim.Optimizer) -> Diagnosis:
     Returns:
         Diagnosis: a list for each question. Nothing is changed.
 
+    Raises:
+        TypeError: ``model`` is no module, or ``opt`` no optimizer.
+
     Example:
         >>> import torch
         >>> from paramstate import doctor
@@ -151,7 +164,11 @@ def doctor(model: nn.Module, opt: torch.optim.Optimizer) -> Diagnosis:
 def _unwrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, where a framework's class holds it."""
     inner = getattr(opt, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) and inner is not opt else opt
+    if isinstance(inner, torch.optim.Optimizer) and inner is not opt:
+        return _unwrapped(inner)
+    if not (hasattr(opt, "param_groups") and hasattr(opt, "state")):
+        raise TypeError(f"opt must be an optimizer, with param_groups and state; got {type(opt).__name__}")
+    return opt
 
 
 class _Examination:
@@ -235,7 +252,7 @@ class _Examination:
             if len(paths) > 1:
                 yield _finding(paths[0], param, others=tuple(paths[1:]), note="tied", harmless=True)
         every = list(dict.fromkeys((*self._paths, *self._groups)))
-        own = [param for param in every if param.layout is torch.strided and not param.is_meta]
+        own = [param for param in every if _is_strided(param)]
         for one, other in _core.overlapping(own):
             if one == other:
                 yield _finding(self._name(own[one]), own[one], note="shares memory with itself")
@@ -260,7 +277,10 @@ class _Examination:
         return bool(getattr(entry, "frozen", False))
 
     def _processed(self) -> Iterator[Finding]:
+        storages = Counter(param.untyped_storage()._cdata for param in self._groups if _is_strided(param))
         for param in self._groups:
+            if _is_strided(param) and storages[param.untyped_storage()._cdata] > 1:
+                continue  # views of one tensor are counted together
             now = baseline(param, self._opt.state.get(param, {}))
             since = self._baseline(param)
             if now is None:
@@ -295,6 +315,10 @@ class _Examination:
 
 _seen: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[Tensor, Baseline]] = weakref.WeakKeyDictionary()
 """What the count of writes was when another package's optimizer was last examined."""
+
+
+def _is_strided(param: Tensor) -> bool:
+    return param.layout is torch.strided and not param.is_meta
 
 
 def _finding(name: str, param: Tensor, **known: Any) -> Finding:

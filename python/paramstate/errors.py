@@ -7,6 +7,7 @@ the first write: values, moments and steps are as they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class ParamStateError(Exception):
@@ -19,6 +20,19 @@ class ReplacedParameterError(ParamStateError, RuntimeError):
 
 class StateShapeError(ParamStateError, ValueError):
     """A value, its gradient or its state have different shapes."""
+
+
+class RelayoutError(StateShapeError):
+    """A new model is no pure re-layout of the old one. Nothing was changed.
+
+    Args:
+        message: what was found of the first few parameters.
+        report: what became of every parameter that is no pure re-layout, as ``diff`` reports it.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class OverlapError(ParamStateError, ValueError):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from .constraining import Constraining
-from .copies import Copying
-from .freezing import Freezing
-from .loading import NamedLoading
-from .lookup import Lookup
-from .optimizer_editing import OptimizerEditing
-from .rebinding import Rebinding
-from .row_surgery import RowSurgery
-from .surgery import Surgery
+from .editing.optimizer import OptimizerEditing
+from .identity.copies import Copying
+from .identity.lookup import Lookup
+from .loading.loading import NamedLoading
+from .surgery.constraining import Constraining
+from .surgery.freezing import Freezing
+from .surgery.relayouting import Relayouting
+from .surgery.replacing import Surgery
+from .surgery.row_surgery import RowSurgery
 
 
 class IdentifiedOptimizer(
-    NamedLoading, Rebinding, Copying, OptimizerEditing, RowSurgery, Surgery, Constraining, Freezing, Lookup
+    NamedLoading, Relayouting, Copying, OptimizerEditing, RowSurgery, Surgery, Constraining, Freezing, Lookup
 ):
     """Mixin, first among the bases: stable IDs, names, and state that follows a parameter when it is replaced.
 

@@ -11,20 +11,21 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import _core
-from .dry_steps import is_asked_for_state_alone
+from .declared.projections import AnyConstraint
+from .declared.rows import RowIndex
 from .errors import UnsupportedError
-from .fresh_state import MOMENTS, initial_state
-from .functional import Undo, adam_step, gather
-from .host import HostStep
 from .identified import IdentifiedOptimizer
-from .projections import AnyConstraint
-from .rows import RowIndex
-from .selection import Selection
-from .shared import Shared
-from .tables import OnReplace
+from .identity.shared import Shared
+from .identity.tables import OnReplace
+from .selection.selecting import Selection
+from .step.dry_steps import is_asked_for_state_alone
+from .step.fresh_state import MOMENTS, initial_state
+from .step.functional import Undo, adam_step, gather
+from .step.host import HostStep
 from .torch_releases import check_graph_capture
 
-Constraints = AnyConstraint | Mapping[str | Tensor | Selection, AnyConstraint]
+Constraints = AnyConstraint | Mapping[Any, AnyConstraint]
+"""Keys are names, parameters or selections; a mapping's key type is invariant, so ``dict[str, Box]`` must fit too."""
 
 
 class Adam(IdentifiedOptimizer, torch.optim.Adam):
@@ -113,7 +114,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         )
         self._max_grad_norm = max_grad_norm
         self._end_identity()
-        self._declare(constraints)
+        if isinstance(constraints, Mapping):
+            self._declare(constraints.items())
+        elif constraints is not None:
+            self._sync()
+            self._declare([([entry.param for entry in self._table], constraints)])
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -121,19 +126,20 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         owners = [owner for owner in cls.__mro__ if "_init_group" in vars(owner)]
         cls._gathers_itself = not owners[0].__module__.startswith("torch.")
 
-    def _declare(self, constraints: Constraints | None) -> None:
-        if isinstance(constraints, Mapping):
-            for entry in self._select(constraints):
-                del entry  # every name is looked up before the first constraint is declared
-            for name, constraint in constraints.items():
-                self.constrain(name, constraint)
-        elif constraints is not None:
-            self._sync()
-            self.constrain([entry.param for entry in self._table], constraints)
-
     @property
     def grad_norm(self) -> Tensor | None:
-        """The global norm of the gradients, 0-dim, that the last step with ``max_grad_norm`` saw; ``None`` before."""
+        """The global norm of the gradients, 0-dim, that the last step with ``max_grad_norm`` saw; ``None`` before.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> weight = torch.nn.Parameter(torch.zeros(2))
+            >>> opt = Adam([weight], max_grad_norm=1.0)
+            >>> weight.grad = torch.tensor([3.0, 4.0])
+            >>> opt.step()
+            >>> opt.grad_norm
+            tensor(5., dtype=torch.float64)
+        """
         return self._grad_norm
 
     @_use_grad_for_differentiable
@@ -153,10 +159,22 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             ReplacedParameterError: the model changed in a way that only the user can decide.
             StateShapeError: a value, its gradient or its state have different shapes.
             OverlapError: parameters share memory.
+            RowIndexError, SelectionError: ``rows`` names rows that are not there, or a parameter twice.
             ConstraintError: a constraint that is a function failed. The step was taken then; the message says which
                 parameter's constraint was not applied.
 
         After any other error values, moments and steps are as they were.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 2)
+            >>> opt = Adam(table, lr=0.1)
+            >>> before = table.weight.detach().clone()
+            >>> table.weight.sum().backward()
+            >>> opt.step(rows={"weight": torch.tensor([True, False, False])})
+            >>> (before - table.weight).detach()[:, 0].round(decimals=6)
+            tensor([0.1000, 0.0000, 0.0000])
         """
         check_graph_capture(self)
         loss = None
@@ -178,7 +196,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             return
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf != 0):
-            self._project_idle([])
+            self._project_after_step(what="the step was skipped for its infinite gradients")
             return
         if self._needs_torch():
             with self._frozen_out_of_sight():
@@ -186,9 +204,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
                 self._step_by_torch()
             return
         step = HostStep(self, self._max_grad_norm, self._chosen_rows(rows))
-        step.run()
-        if step.grad_norm is not None:
-            self._grad_norm = torch.tensor(step.grad_norm, dtype=torch.float64)
+        try:
+            step.run()
+        finally:
+            if step.grad_norm is not None:  # also where a constraint failed after the update
+                self._grad_norm = torch.tensor(step.grad_norm, dtype=torch.float64)
 
     def _needs_torch(self) -> bool:
         """Whether the whole step is torch's.
@@ -209,11 +229,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         for entry in self._table:
             if entry.rows is not None:
                 raise UnsupportedError(
-                    f"the rows of {self._called_entry(entry)}, frozen or of different ages, {reason}"
+                    f"the rows of {self._table.called(entry)}, frozen or of different ages, {reason}"
                 )
             if entry.frozen and entry.param.grad is not None:
                 raise UnsupportedError(
-                    f"that {self._called_entry(entry)} is frozen {reason} while it has a gradient; call zero_grad()"
+                    f"that {self._table.called(entry)} is frozen {reason} while it has a gradient; call zero_grad()"
                 )
 
     @_disable_dynamo
@@ -261,13 +281,22 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             adam_step(self, group, lists)
 
     def materialize_state(self) -> None:
-        """Create the state of every parameter that requires a gradient and has none, without taking a step."""
+        """Create the state of every parameter that requires a gradient and has none, without taking a step.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> opt = Adam(torch.nn.Linear(2, 1))
+            >>> opt.materialize_state()
+            >>> list(opt.state_of("weight")), opt.state_of("weight")["step"]
+            (['step', 'exp_avg', 'exp_avg_sq'], tensor(0.))
+        """
         self._sync()
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
                     self.state[param].update(initial_state(param, group))
-                    self._note_version(param)
+                    self._state_begins(param)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}

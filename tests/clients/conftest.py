@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled")
-os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+from frameworks import leave_their_warnings_be, stay_offline
 
-HERE = Path(__file__).parent
+stay_offline()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A framework's own warnings are not ours to mend; one that our code causes is still an error."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
-            item.add_marker(pytest.mark.filterwarnings("error:::paramstate"))
+    leave_their_warnings_be(items, Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)

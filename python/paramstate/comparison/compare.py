@@ -6,16 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .content import find_layout
-from .fingerprint import element_hashes, fingerprint, order_along
+from .fingerprint import element_hashes, fingerprint
 from .folding import Folding
 from .layout import Part, layouts
 from .link import Link
 from .matching import Mapped, NameMap, Partners, match
+from .moves import find_move
 from .outputs import compare_outputs
 from .relation import CHANGED, Relation, compare, explain, magnitude
 from .report import ALL_ZERO, ZERO_BEFORE, DiffReport, Row
@@ -50,7 +50,19 @@ def diff(a: Comparable, b: Comparable, map: NameMap | None = None, inputs: Any =
         >>> [(row.a, row.kind) for row in report.rows]
         [('weight', 're-laid-out'), ('bias', 'centred')]
     """
-    ours, theirs = read(a), read(b)
+    found = compared(read(a), read(b), map)
+    return DiffReport(found.rows, [] if inputs is None else compare_outputs(a, b, inputs))
+
+
+class Comparison(NamedTuple):
+    """The rows of a report, and the links that they judge."""
+
+    rows: list[Row]
+    links: list[Link]
+
+
+def compared(ours: Side, theirs: Side, map: NameMap | None = None) -> Comparison:
+    """What became of each parameter of one side in the other; see :func:`diff`."""
     partners = match(ours, theirs, map)
     rows = [row for link in partners.links for row in _judge_link(link, ours, theirs)]
     rows += [row for mapped in partners.mapped for row in _judge_mapped(mapped, ours, theirs)]
@@ -58,7 +70,7 @@ def diff(a: Comparable, b: Comparable, map: NameMap | None = None, inputs: Any =
     rows = Folding(ours, theirs, partners.links).annotate(_in_order(rows, ours, theirs))
     back = Folding(theirs, ours, [link.reversed for link in partners.links])
     rows = [row.mirrored for row in back.annotate([row.mirrored for row in rows])]
-    return DiffReport(rows, [] if inputs is None else compare_outputs(a, b, inputs))
+    return Comparison(rows, partners.links)
 
 
 def _judge_link(link: Link, ours: Side, theirs: Side) -> Iterator[Row]:
@@ -139,14 +151,8 @@ def _moved(row: Row, link: Link, x: Tensor, target: Tensor) -> Row | None:
         return None
     largest, relative = magnitude(link.source(x), target)
     row = replace(row, kind="re-laid-out", max_abs=largest, relative=relative)
-    layout = find_layout(part, target)
-    if layout is not None:
-        return replace(row, layout=str(layout))
-    for dim in range(target.ndim):
-        order = order_along(link.source(x).to(target.device, target.dtype), target, dim)
-        if order is not None:
-            return replace(row, layout=f"reordered along dim {dim}", order=order)
-    return None
+    move = find_move(link, x, target)
+    return None if move is None else replace(row, layout=str(move), order=move.order)
 
 
 def _related(link: Link, x: Tensor, target: Tensor) -> tuple[Link, Relation]:

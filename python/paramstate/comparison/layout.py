@@ -34,6 +34,11 @@ class Part:
         inner: Tensor = tensor.unflatten(self.dim, (self.blocks, self.size // self.blocks))
         return inner.narrow(self.dim + 1, self.start, self.length).flatten(self.dim, self.dim + 1)
 
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Write that part of ``whole``, which is contiguous."""
+        inner: Tensor = whole.unflatten(self.dim, (self.blocks, self.size // self.blocks))
+        inner.narrow(self.dim + 1, self.start, self.length).copy_(part.unflatten(self.dim, (self.blocks, self.length)))
+
     def shape(self, whole: Shape) -> Shape:
         """The shape of that part of a tensor of shape ``whole``."""
         return (*whole[: self.dim], self.blocks * self.length, *whole[self.dim + 1 :])

@@ -28,6 +28,11 @@ class Link:
         """The same, seen from the other side."""
         return Link(self.b, self.a, self.layout.inverse, self.by, self.b_part, self.a_part)
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Which parts of what belong together, as a row of the report names them."""
+        return self.a, str(self.a_part or ""), self.b, str(self.b_part or "")
+
     def part(self, tensor: Tensor) -> Tensor:
         """The part of the one side's tensor."""
         return tensor if self.a_part is None else self.a_part.of(tensor)

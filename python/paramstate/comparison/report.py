@@ -148,7 +148,20 @@ class OutputRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiffReport:
-    """What ``diff`` found. Prints as a table, by rich where that prints it."""
+    """What ``diff`` found. Prints as a table, by rich where that prints it.
+
+    Example:
+        >>> import torch
+        >>> from paramstate import diff
+        >>> old = {"weight": torch.ones(2), "bias": torch.ones(2)}
+        >>> report = diff(old, {"weight": torch.ones(2), "bias": torch.tensor([1.0, 3.0])})
+        >>> report.equal, report.identical, report.summary
+        (False, False, '1 equal, 1 changed')
+        >>> [row.max_abs for row in report.of("bias")], list(report.by_kind)
+        ([2.0], ['equal', 'changed'])
+        >>> report.as_dict()["rows"][1]["kind"]
+        'changed'
+    """
 
     rows: list[Row]
     outputs: list[OutputRow] = field(default_factory=list)

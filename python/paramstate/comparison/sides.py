@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from paramstate.identified import IdentifiedOptimizer
-from paramstate.reading import GivenNames, saved_parameters
-from paramstate.wrappers import Tree
+from paramstate.identity.wrappers import Tree
+from paramstate.loading.reading import GivenNames, saved_parameters
 
 VALUE = "value"
 """The role of a parameter's own value; the others are the keys of its state."""

@@ -129,6 +129,9 @@ impl<'a> Bounding<'a> {
     }
 }
 
+/// The flags of elements that all take part.
+static ALL: [bool; BLOCK] = [true; BLOCK];
+
 fn blocks_of(span: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = span.end;
     span.step_by(BLOCK).map(move |start| start..end.min(start + BLOCK))
@@ -204,17 +207,28 @@ impl<C: Compute> Work<'_, C> {
     /// # Safety
     /// As for [`run_span`]; `part` is no longer than a block.
     unsafe fn update_block(&mut self, part: &Range<usize>, scalars: &Scalars<C>) {
-        let Varied { corrections, active, min, max } = self.varied;
+        let Varied { codes, corrections, active: flags, min, max } = self.varied;
         let (len, isa) = (part.len(), self.isa);
-        if self.rows.is_some() {
+        let (mut rows, mut active): (_, Option<&[bool]>) = (None, None);
+        if let Some(row_steps) = self.rows {
             self.operands.prefetch(part);
+            let few = row_steps.few::<C>();
+            if few.is_none() || !self.operands.in_place() {
+                active = row_steps.rows().activity(part.clone(), flags, isa);
+            }
+            rows = Some(match few {
+                Some(table) => {
+                    let codes = &mut codes[..len];
+                    row_steps.rows().spell(part.clone(), codes, isa);
+                    Corrections::Few { codes, table }
+                }
+                None => {
+                    let corrections = &mut corrections[..len];
+                    row_steps.expand(part.clone(), corrections, isa);
+                    Corrections::Each { corrections, active: active.unwrap_or(&ALL[..len]) }
+                }
+            });
         }
-        let active = self.rows.and_then(|rows| rows.rows().activity(part.clone(), active, isa));
-        let rows = self.rows.map(|rows| {
-            let corrections = &mut corrections[..len];
-            rows.expand(part.clone(), corrections, isa);
-            Corrections { corrections, active }
-        });
         let limits = self.bounding.as_ref().map(|bounding| {
             // SAFETY: the caller's contract.
             unsafe { bounding.limits(part, (min, max), isa) }

@@ -17,6 +17,7 @@ use crate::codec::BLOCK;
 use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::parallel::CHUNK;
+use crate::varied::FEW;
 use crate::{Adam, AdamScalars, Isa};
 
 /// Rows of one page are looked at once, when the cohorts are made.
@@ -223,10 +224,36 @@ impl RowSteps {
         C::either(&self.single, &self.double)
     }
 
+    /// The corrections of all ages, where they are few: `spell` then says which of them each element
+    /// takes.
+    pub(crate) fn few<C: Compute>(&self) -> Option<[[C; 2]; FEW]> {
+        let all = self.corrections::<C>();
+        let ages = 1..=FEW;
+        let few = ages.contains(&self.rows.cohorts.offsets.len());
+        few.then(|| std::array::from_fn(|place| all[(place + 1).min(all.len() - 1)]))
+    }
+
     /// Writes out the corrections that each element of `span` takes.
     pub(crate) fn expand<C: Compute>(&self, span: Range<usize>, target: &mut [[C; 2]], isa: Isa) {
         let corrections = self.corrections::<C>();
         isa.run(Expand { rows: &self.rows, start: span.start, corrections, target });
+    }
+}
+
+struct Spell<'a> {
+    rows: &'a Rows,
+    start: usize,
+    codes: &'a mut [u8],
+}
+
+impl Kernel for Spell<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        if let Codes::Few(codes) = &self.rows.cohorts.codes {
+            self.rows.each(codes, self.start, self.codes, |code| *code);
+        }
     }
 }
 
@@ -330,6 +357,11 @@ impl Rows {
         let active = &mut room[..span.len()];
         let all = isa.run(Activity { rows: self, start: span.start, active });
         (!all).then_some(active)
+    }
+
+    /// Writes out the code of each element of `span`, where codes are few.
+    pub(crate) fn spell(&self, span: Range<usize>, codes: &mut [u8], isa: Isa) {
+        isa.run(Spell { rows: self, start: span.start, codes });
     }
 
     /// Writes what `of` says of each row's code to all elements of the row, from element `start` of

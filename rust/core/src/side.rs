@@ -169,6 +169,7 @@ impl<C: Compute> Default for Blocks<C> {
 
 /// One block for each thing that may differ from element to element.
 pub(crate) struct Varied<C> {
+    pub codes: [u8; BLOCK],
     /// `change` and `eps`.
     pub corrections: [[C; 2]; BLOCK],
     pub active: [bool; BLOCK],
@@ -180,6 +181,7 @@ impl<C: Compute> Default for Varied<C> {
     fn default() -> Self {
         let zeros = || [C::default(); BLOCK];
         Self {
+            codes: [0; BLOCK],
             corrections: [[C::default(); 2]; BLOCK],
             active: [true; BLOCK],
             min: zeros(),

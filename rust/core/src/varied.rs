@@ -6,11 +6,17 @@ use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::update::{Block, Scalars, maximum};
 
-/// The bias corrections of each element (`change` and `eps`), and whether it takes part (all do where
-/// nothing is said); as long as the block.
-pub(crate) struct Corrections<'a, C> {
-    pub corrections: &'a [[C; 2]],
-    pub active: Option<&'a [bool]>,
+/// More ages than so many are looked up, fewer are told apart by comparison, in vector code.
+pub(crate) const FEW: usize = 4;
+
+/// The bias corrections of each element (`change` and `eps`), and whether it takes part; as long as
+/// the block.
+#[derive(Clone, Copy)]
+pub(crate) enum Corrections<'a, C> {
+    /// Element `i` takes number `codes[i] - 1`; 0 takes no part.
+    Few { codes: &'a [u8], table: [[C; 2]; FEW] },
+    /// Each has its own.
+    Each { corrections: &'a [[C; 2]], active: &'a [bool] },
 }
 
 /// The bounds of each element, NaN where there is none; as long as the block.
@@ -35,46 +41,58 @@ impl<C: Compute> Kernel for VariedUpdate<'_, C> {
 
     #[inline(always)]
     fn run(self) {
-        let skips = self.rows.as_ref().is_some_and(|rows| rows.active.is_some());
-        match (&self.rows, &self.limits) {
-            (Some(_), Some(_)) if skips => self.run_with::<true, true, true>(),
-            (Some(_), None) if skips => self.run_with::<true, true, false>(),
-            (Some(_), Some(_)) => self.run_with::<true, false, true>(),
-            (Some(_), None) => self.run_with::<true, false, false>(),
-            (None, _) => self.run_with::<false, false, true>(),
+        match (self.rows, self.limits.is_some()) {
+            (None, _) => self.run_with::<NONE, true>(),
+            (Some(Corrections::Few { .. }), true) => self.run_with::<FEW_AGES, true>(),
+            (Some(Corrections::Few { .. }), false) => self.run_with::<FEW_AGES, false>(),
+            (Some(Corrections::Each { .. }), true) => self.run_with::<ANY_AGES, true>(),
+            (Some(Corrections::Each { .. }), false) => self.run_with::<ANY_AGES, false>(),
         }
     }
 }
 
+/// What a loop is compiled for: elements of one age, of few, of any.
+const NONE: u8 = 0;
+const FEW_AGES: u8 = 1;
+const ANY_AGES: u8 = 2;
+
 impl<C: Compute> VariedUpdate<'_, C> {
     #[inline(always)]
-    fn run_with<const ROWS: bool, const SKIPS: bool, const LIMITS: bool>(self) {
+    fn run_with<const ROWS: u8, const LIMITS: bool>(self) {
         let Block { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq } = self.block;
-        let Corrections { corrections, active } =
-            self.rows.unwrap_or(Corrections { corrections: &[], active: None });
-        let active = active.unwrap_or(&[]);
+        let none = [[C::default(); 2]; FEW];
+        let (codes, table, corrections, active): (&[u8], _, &[[C; 2]], &[bool]) = match self.rows {
+            None => (&[], none, &[], &[]),
+            Some(Corrections::Few { codes, table }) => (codes, table, &[], &[]),
+            Some(Corrections::Each { corrections, active }) => (&[], none, corrections, active),
+        };
         let none = Limits { min: &[], max: &[], zero: false };
         let Limits { min, max, zero } = self.limits.unwrap_or(none);
-        let scalars = (*self.scalars, zero);
+        let scalars = (*self.scalars, zero, table);
         match max_exp_avg_sq {
-            None => vary::<C, ROWS, SKIPS, LIMITS, false>(
-                value,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                &mut [],
-                corrections,
-                active,
-                min,
-                max,
-                scalars,
-            ),
-            Some(greatest) => vary::<C, ROWS, SKIPS, LIMITS, true>(
+            None => {
+                let greatest = &mut [];
+                vary::<C, ROWS, LIMITS, false>(
+                    value,
+                    grad,
+                    exp_avg,
+                    exp_avg_sq,
+                    greatest,
+                    codes,
+                    corrections,
+                    active,
+                    min,
+                    max,
+                    scalars,
+                );
+            }
+            Some(greatest) => vary::<C, ROWS, LIMITS, true>(
                 value,
                 grad,
                 exp_avg,
                 exp_avg_sq,
                 greatest,
+                codes,
                 corrections,
                 active,
                 min,
@@ -85,26 +103,41 @@ impl<C: Compute> VariedUpdate<'_, C> {
     }
 }
 
+/// One of a few, by comparison: code 1 is the first.
+#[inline(always)]
+fn of_few<C: Compute>(table: [[C; 2]; FEW], code: u8) -> [C; 2] {
+    let [first, rest @ ..] = table;
+    let mut found = first;
+    for (place, correction) in rest.into_iter().enumerate() {
+        let is_it = code == place as u8 + 2;
+        found = [0, 1].map(|part| if is_it { correction[part] } else { found[part] });
+    }
+    found
+}
+
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "only arguments are taken to be free of aliases")]
-fn vary<C: Compute, const ROWS: bool, const SKIPS: bool, const LIMITS: bool, const MAX: bool>(
+fn vary<C: Compute, const ROWS: u8, const LIMITS: bool, const MAX: bool>(
     value: &mut [C],
     grad: &[C],
     exp_avg: &mut [C],
     exp_avg_sq: &mut [C],
     max_exp_avg_sq: &mut [C],
+    codes: &[u8],
     corrections: &[[C; 2]],
     active: &[bool],
     min: &[C],
     max: &[C],
-    (scalars, zero): (Scalars<C>, bool),
+    (scalars, zero, table): (Scalars<C>, bool, [[C; 2]; FEW]),
 ) {
     // All of one length, which the compiler then need not ask about element by element.
     let len = value.len();
     let used = |used: bool| if used { len } else { 0 };
     let (grad, exp_avg, exp_avg_sq) = (&grad[..len], &mut exp_avg[..len], &mut exp_avg_sq[..len]);
     let max_exp_avg_sq = &mut max_exp_avg_sq[..used(MAX)];
-    let (corrections, active) = (&corrections[..used(ROWS)], &active[..used(SKIPS)]);
+    let codes = &codes[..used(ROWS == FEW_AGES)];
+    let corrections = &corrections[..used(ROWS == ANY_AGES)];
+    let active = &active[..used(ROWS == ANY_AGES)];
     let (min, max) = (&min[..used(LIMITS)], &max[..used(LIMITS)]);
     let l2 = scalars.has_l2_decay();
     for i in 0..len {
@@ -115,7 +148,11 @@ fn vary<C: Compute, const ROWS: bool, const SKIPS: bool, const LIMITS: bool, con
             scalars.moments::<false>(p, grad[i], m, v)
         };
         let second = if MAX { maximum(max_exp_avg_sq[i], new_v) } else { new_v };
-        let correction = if ROWS { corrections[i] } else { scalars.correction() };
+        let (correction, acts) = match ROWS {
+            FEW_AGES => (of_few(table, codes[i]), codes[i] != 0),
+            ANY_AGES => (corrections[i], active[i]),
+            _ => (scalars.correction(), true),
+        };
         let moved = scalars.moved(p, new_m, second, correction);
         let new_p = if LIMITS {
             let held = (moved < min[i]) | (moved > max[i]);
@@ -124,7 +161,6 @@ fn vary<C: Compute, const ROWS: bool, const SKIPS: bool, const LIMITS: bool, con
         } else {
             scalars.bounds().clamp(moved)
         };
-        let acts = !SKIPS || active[i];
         value[i] = if acts { new_p } else { p };
         exp_avg[i] = if acts { new_m } else { m };
         exp_avg_sq[i] = if acts { new_v } else { v };

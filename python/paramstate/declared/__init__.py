@@ -1,0 +1,1 @@
+"""What can be declared for a parameter, as values: constraints, and what differs between its rows."""

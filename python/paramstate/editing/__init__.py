@@ -1,0 +1,1 @@
+"""Edit sessions: the exact original comes back, or the edit stays."""

@@ -1,0 +1,1 @@
+"""Saving and loading state by name, without a guess."""

@@ -1,0 +1,1 @@
+"""Parts of a model, by pattern, module, type or predicate; and the backbones of models."""

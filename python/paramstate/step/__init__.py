@@ -1,0 +1,1 @@
+"""One step: the compiled walk, and what torch does beside it."""

@@ -1,0 +1,1 @@
+"""Changing parameters under IDs that stay: replacing, rows, constraints, freezing."""
