@@ -173,6 +173,13 @@ def movement_under_constant_gradient(way: Way, steps: int = 1000) -> list[float]
     return movement.by_age
 
 
+def deepest_fall(fit: Fit) -> float:
+    """By how many dB a fit got worse, at most, after rows had come."""
+    curve = [psnr(loss) for loss in fit.losses]
+    came = [step for step in range(1, len(curve)) if fit.counts[step] != fit.counts[step - 1]]
+    return max(curve[step - 1] - min(curve[step : step + FIRST]) for step in came)
+
+
 def lines_of_code(source: Path) -> int:
     """Lines of the functions of a file, without docstrings, comments and empty lines, each statement on one line."""
     functions = [node for node in ast.parse(source.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
@@ -207,6 +214,7 @@ def table_of(fits: Mapping[str, Fit], constant: Mapping[str, list[float]]) -> Ta
 
     row("mean squared error", lambda _, fit: f"{fit.losses[-1]:.3e}")
     row("PSNR", lambda _, fit: f"{psnr(fit.losses[-1]):.2f} dB")
+    row("deepest fall after rows came", lambda _, fit: f"{deepest_fall(fit):.2f} dB")
     row("Gaussians, of them pruned before", lambda _, fit: f"{fit.counts[-1]}, {fit.pruned}")
     row("lines of code of the surgery", lambda way, _: str(lines_of_code(way.source)))
     row("seconds of the fit", lambda _, fit: f"{fit.seconds:.1f}")

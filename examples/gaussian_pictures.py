@@ -87,19 +87,12 @@ def _draw_curves(axes: Axes, fits: Mapping[str, Drawable], every: int) -> None:
 def _draw_movement(axes: Axes, fits: Mapping[str, Drawable], constant: Mapping[str, Sequence[float]]) -> None:
     axes.axhline(1.0, color="#bbbbbb", linewidth=0.8, zorder=0)
     for (name, fit), color in zip(fits.items(), COLORS, strict=True):
+        owner = name.split(",")[0]
         ages = range(1, len(constant[name]) + 1)
-        axes.plot(
-            ages, constant[name], color=color, linewidth=1.6, linestyle=(0, (4, 3)), label=f"constant gradient: {name}"
-        )
-        axes.plot(
-            ages[: len(fit.movement.by_age)],
-            fit.movement.by_age,
-            color=color,
-            linewidth=2.2,
-            marker="o",
-            label="in this fit",
-        )
-    axes.set_ylim(0.0, 8.0)  # room for the legend
+        axes.plot(ages, constant[name], color=color, linestyle=(0, (4, 3)), label=f"{owner}, constant gradient")
+        seen = fit.movement.by_age
+        axes.plot(ages[: len(seen)], seen, color=color, linewidth=2.2, marker="o", label=f"{owner}, in this fit")
+    axes.set_ylim(0.0, 7.0)  # room for the legend
     axes.set_title("how far a new row moves (lr a step)", fontsize=11)
     axes.legend(frameon=False, loc="upper left", fontsize=8.5)
     _plain(axes, "steps since the row came")

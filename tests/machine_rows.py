@@ -24,7 +24,7 @@ from reference_limits import RefusedError
 from reference_model import Entry, gathered
 
 STAGES = [
-    (paramstate.row_targets, "successor"),
+    (paramstate.surgery.row_targets, "successor"),
     (Membership, "_exchange"),
     (Membership, "_traits_changed"),
     (Membership, "_put_into_slots"),

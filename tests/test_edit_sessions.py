@@ -10,7 +10,7 @@ from torch import nn
 
 import paramstate
 from paramstate import EditError, edit
-from paramstate.editing.captures import same_bits
+from paramstate.bits import same_bits
 from small_models import Net, assert_same_bits, give_gradient, state_by_name, train
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

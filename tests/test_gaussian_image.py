@@ -171,6 +171,14 @@ def test_dividing_gaussians_keeps_the_picture_nearly_as_it_is(photograph: torch.
     assert (old - new).square().mean() < 1e-3 * old.square().mean()
 
 
+def test_the_deepest_fall_is_that_after_rows_came(demonstration: ModuleType) -> None:
+    class Curve:
+        losses = (1.0, 0.1, 0.01, 0.1, 0.01, 0.02)
+        counts = (4, 4, 4, 5, 5, 5)
+
+    assert demonstration.deepest_fall(Curve) == pytest.approx(10.0)
+
+
 def test_lines_of_code_are_counted_without_docstrings_and_comments(demonstration: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "surgery.py"
     source.write_text(
@@ -187,7 +195,7 @@ def test_the_table_and_the_picture_show_both_fits(
     named = {way.name: fit for way, fit in zip(demonstration.WAYS, fits, strict=True)}
     constant = {name: [1.0] * 10 for name in named}
     table = demonstration.table_of(named, constant)
-    assert [len(list(column.cells)) for column in table.columns] == [10, 10, 10]
+    assert [len(list(column.cells)) for column in table.columns] == [11, 11, 11]
     picture = tmp_path / "fits.png"
     demonstration.draw_fits(photograph, named, constant, 50, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pkgutil
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -862,3 +863,57 @@ def test_a_step_that_names_a_parameter_twice_is_refused() -> None:
     with pytest.raises(paramstate.SelectionError, match=r"'table.weight'.*twice"):
         opt.step(rows={"table.weight": [0], "head.weight": [1]})
     assert not opt.state_of("table.weight")
+
+
+@pytest.mark.parametrize("how", ["edit_rows", "replace_"])
+def test_a_tensor_that_was_exchanged_where_no_model_is_known_and_is_still_used_is_noticed(how: str) -> None:
+    table = Table()
+    opt = paramstate.Adam(table.parameters())
+    step(table, opt, torch.ones(5, 3))
+    old = table.weight
+    if how == "edit_rows":
+        with opt.edit_rows() as rows:
+            rows.keep(old, [0, 1])
+        (new,) = opt.param_groups[0]["params"]
+    else:
+        new = opt.replace_(old, nn.Parameter(torch.ones(5, 3)))
+        old.grad = None
+    table.weight.sum().backward()
+    with pytest.raises(paramstate.ReplacedParameterError, match=r"opt\.edit_rows\(\)"):
+        opt.step()
+    table.weight, old.grad = new, None
+    step(table, opt, torch.ones_like(new))
+    assert opt.state_of(new)["step"] == 2
+
+
+def test_rows_are_edited_of_tensors_only() -> None:
+    opt = paramstate.Adam(Table())
+    with opt.edit_rows(side={"nothing": None}) as rows, pytest.raises(TypeError, match="'nothing' there is NoneType"):
+        rows.keep("nothing", [0])
+
+
+def test_freezing_rows_waits_for_a_step_of_another_thread() -> None:
+    table = Table(rows=64)
+    opt = paramstate.Adam(table, lr=1e-3)
+    table.weight.grad = torch.ones(64, 3)
+    failed: list[BaseException] = []
+
+    def repeat(action: Callable[[int], object]) -> None:
+        try:
+            for number in range(64):
+                action(number)
+        except BaseException as error:  # noqa: BLE001  told below
+            failed.append(error)
+
+    def freeze(number: int) -> None:
+        opt.freeze_rows("weight", [number])
+        opt.unfreeze_rows("weight")
+
+    actions = [lambda number: opt.step(rows={"weight": [number]}), lambda _: opt.step(), freeze]
+    threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert opt.state_of("weight")["step"] == 128

@@ -113,3 +113,15 @@ def test_a_norm_is_of_the_same_elements_behind_the_map() -> None:
     assert torch.allclose(model.weight.norm(dim=0), torch.ones(4))
     with pytest.raises(paramstate.ConstraintError, match="no dimensions of the new layout"):
         opt.replace_("weight", model.weight.flatten(), state=torch.flatten)
+
+
+def test_a_vectors_frozen_elements_go_through_the_map() -> None:
+    model = nn.Linear(3, 4)
+    opt = paramstate.AdamW(model, lr=0.1)
+    opt.freeze_rows("bias", [0])
+    frozen = model.bias[0].clone()
+    opt.replace_("bias", model.bias.flip(0), state=lambda t: t.flip(0))
+    model.bias.sum().backward()
+    opt.step()
+    assert torch.equal(model.bias[3], frozen)
+    assert opt.row_steps("bias").tolist() == [1, 1, 1, 0]

@@ -14,7 +14,7 @@ from torch import nn
 
 import paramstate
 from paramstate import EditError, EditSession, edit
-from paramstate.editing.captures import same_bits
+from paramstate.bits import same_bits
 from small_models import assert_same_bits, state_by_name
 
 transformers = pytest.importorskip("transformers")

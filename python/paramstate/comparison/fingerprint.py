@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from paramstate.bits import as_integers
+
 _MULTIPLIER = 0x2545F4914F6CDD1D  # an odd constant of Steele & Vigna's, as in xorshift*
 
 
@@ -15,7 +16,7 @@ def element_hashes(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj()).sum(-1)
     if values.is_floating_point():
-        values = (values + 0).contiguous().view(_INTEGERS[dtype.itemsize if not dtype.is_complex else values.itemsize])
+        values = as_integers(values + 0)  # which makes 0.0 of -0.0
     bits = (values.to(torch.int64) + 1) * _MULTIPLIER
     return (bits ^ (bits >> 29)) * _MULTIPLIER
 

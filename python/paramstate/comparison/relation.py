@@ -25,9 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from paramstate.bits import same_bits
+
 Kind = Literal["equal", "re-laid-out", "centred", "scaled", "folded", "changed", "missing", "new"]
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLED_ROWS = 4
 
 
@@ -51,14 +52,6 @@ class Relation:
 CHANGED = Relation("changed")
 
 
-def relate(x: Tensor, y: Tensor) -> Relation:
-    """How ``y`` was made from ``x``, which has the same shape."""
-    equality = compare(x, y)
-    if equality is not None:
-        return equality
-    return explain(x, y) or CHANGED
-
-
 def compare(x: Tensor, y: Tensor) -> Relation | None:
     """Whether two tensors are equal: bit for bit, or as far as the coarser of their dtypes can tell."""
     if x.is_meta or y.is_meta:
@@ -70,16 +63,6 @@ def compare(x: Tensor, y: Tensor) -> Relation | None:
         return Relation("equal") if torch.equal(x, y) else None
     rounded = torch.equal(x.to(y.dtype), y) or torch.equal(y.to(x.dtype), x)
     return Relation("equal") if rounded else None
-
-
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits: NaN equals itself, and the zeros differ."""
-    if x.is_complex():
-        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    as_integers = _INTEGERS[x.dtype.itemsize]
-    return torch.equal(x.contiguous().view(as_integers), y.contiguous().view(as_integers))
 
 
 def magnitude(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -9,11 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from paramstate.bits import same_bits
 from paramstate.errors import EditError
 from paramstate.identity.wrappers import Link, Place, Tree
 from paramstate.identity.write_counts import WriteCounts, write_counts
-
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Item(Protocol):
@@ -153,15 +152,3 @@ def buffer_items(trees: Iterable[Tree], params: Container[Tensor]) -> list[SlotI
         for key, buffer in module._buffers.items()
         if buffer is not None
     ]
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one device hold the same bits: a NaN equals itself, and 0.0 is not -0.0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.is_complex():
-        one, other = torch.view_as_real(one), torch.view_as_real(other)
-    if one.dtype.is_floating_point:
-        whole = _SAME_SIZE[one.dtype.itemsize]
-        one, other = one.view(whole), other.view(whole)
-    return torch.equal(one, other)

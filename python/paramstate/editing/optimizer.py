@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from paramstate.bits import same_bits
 from paramstate.declared.rows import Rows
 from paramstate.errors import listed
 from paramstate.identity.membership import Membership, Which
 from paramstate.identity.table import TRAITS, Entry
 
-from .captures import Item, buffer_items, same_bits
+from .captures import Item, buffer_items
 from .session import EditSession
 
 StatePolicy = Literal["keep", "snapshot", "reset"]
@@ -92,7 +93,7 @@ class _EntryItem:
             held.data = tensor.data.clone()
         else:
             self.optimizer._exchange(self.entry, tensor)
-            self.optimizer._put_into_slots(self.entry, tensor)
+            self.optimizer._put_into_slots(self.entry, tensor, held)
         self.entry.param.requires_grad_(trains)  # also where it was frozen meanwhile
 
 

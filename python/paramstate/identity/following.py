@@ -147,9 +147,11 @@ class Following(Membership):
         for entry, old, grad in self._left:
             if old.grad is not None and old.grad is not grad and self._table.of(old) is None:
                 raise ReplacedParameterError(
-                    f"{self._table.called(entry)} was replaced in one module, but the tensor before it has a "
-                    "gradient: it is still used (tied to another module, or the graph was built before) and no longer "
-                    "optimized. opt.rebind(model, group=0) adopts it, opt.rebind(model) goes on without it"
+                    f"{self._table.called(entry)} was replaced in one module, or by opt.replace_(...) or "
+                    "opt.edit_rows(), but the tensor before it has a gradient: it is still used (not assigned there, "
+                    "tied to another module, or the graph was built before) and no longer optimized. Assign the new "
+                    "one there and clear the old one's gradient; or opt.rebind(model, group=0) adopts it, "
+                    "opt.rebind(model) goes on without it"
                 )
         self._left.clear()
 

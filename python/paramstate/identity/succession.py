@@ -65,8 +65,13 @@ class Succession(Tables):
         finally:
             self._on_replace = policy
 
-    def _put_into_slots(self, entry: Entry, new: Tensor) -> None:
-        """Assign a parameter's new tensor wherever the models hold it."""
+    def _put_into_slots(self, entry: Entry, new: Tensor, old: Tensor) -> None:
+        """Assign a parameter's new tensor wherever the models hold it.
+
+        Where no model is known the user does; that the old tensor is still used is noticed in the next step.
+        """
+        if not entry.slots:
+            self._left.append((entry, old, old.grad))
         for slot in entry.slots:
             module = slot.module()
             if module is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,22 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 _core.connect(torch.Tensor, nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
 
 OnReplace = Literal["keep", "reset", "error"]
+
+
+Owner = TypeVar("Owner", bound="Tables")
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def between_steps(method: Callable[Concatenate[Owner, Given], Answer]) -> Callable[Concatenate[Owner, Given], Answer]:
+    """Let a method that changes what is declared wait for a step that another thread takes."""
+
+    @functools.wraps(method)
+    def waiting(owner: Owner, /, *args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        with owner._lock:
+            return method(owner, *args, **kwargs)
+
+    return waiting
 
 
 class SelectedGroup(NamedTuple):

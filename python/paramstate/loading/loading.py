@@ -139,6 +139,11 @@ class NamedLoading(Membership):
             handle.remove()
             self._incoming = None
         self._take_over_ids(ids)
+        self._adopt_declared(declared)
+        return report[0]
+
+    def _adopt_declared(self, declared: list[Declared]) -> None:
+        """Let what the state dict declares hold, for state that has just been loaded."""
         self._forget_versions(entry.param for entry in self._table)
         told = {item.entry for item in declared}
         for entry in self._table:
@@ -146,7 +151,6 @@ class NamedLoading(Membership):
                 self._begin_rows(entry)
         for item in declared:
             item.adopt(self)
-        return report[0]
 
     def _declared(self, pairs: list[tuple[Saved, Ours]], report: LoadReport) -> list[Declared]:
         """What the state dict says was declared for ours; the report is told of functions that are missing."""

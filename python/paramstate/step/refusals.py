@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from paramstate import _core
-from paramstate.errors import ConstraintError, OverlapError, StateShapeError
+from paramstate.errors import ConstraintError, OverlapError, ParamStateError, StateShapeError
 from paramstate.identity.membership import Membership
 
 from .places_in_groups import called_at
@@ -18,45 +18,61 @@ def raise_for(optimizer: Membership, problem: _core.Problem) -> NoReturn:
         StateShapeError, OverlapError, ConstraintError: what the walk found.
     """
     name = called_at(optimizer, (problem.group, problem.index))
+    other = None if problem.other is None else called_at(optimizer, problem.other)
+    raise _of_shapes(name, problem) or _of_rows(name, problem) or _of_memory(name, other, problem)
+
+
+def _of_shapes(name: str, problem: _core.Problem) -> ParamStateError | None:
+    """What does not have the shape of the value."""
     if problem.kind == "state_shape":
-        raise StateShapeError(
+        return StateShapeError(
             f"parameter {name}: its state {problem.key!r} has shape {problem.got}, the parameter has "
             f"{problem.expected}; opt.replace_({name}, value, state=map) carries state through a change of shape, "
             f"opt.reset({name}) starts it afresh"
         )
     if problem.kind == "grad_shape":
-        raise StateShapeError(
+        return StateShapeError(
             f"parameter {name}: its gradient has shape {problem.got}, the parameter has {problem.expected}; call "
             f"zero_grad() and backward() again, and opt.replace_({name}, value, state=map) to carry the state"
         )
-    if problem.kind == "expanded":
-        raise OverlapError(
-            f"parameter {name}: {problem.key!r} shares memory with itself (shape {problem.got}, an expand()ed "
-            "tensor); give it memory of its own with .contiguous()"
+    if problem.kind in ("bound_shape", "bound_dtype", "dim", "rows_dtype", "rows_undeclared"):
+        return ConstraintError(
+            f"parameter {name} of shape {problem.expected}: what was declared as its {problem.key!r} (shape "
+            f"{problem.got}) does not fit it any more; declare it anew with opt.constrain(...)"
         )
-    if problem.kind == "state_overlap":
-        raise OverlapError(
-            f"parameter {name}: {problem.key!r} shares memory with something else that the step writes; give it "
-            "memory of its own with .clone()"
-        )
+    return None
+
+
+def _of_rows(name: str, problem: _core.Problem) -> ParamStateError | None:
+    """Rows that are not those whose steps are known."""
     if problem.kind == "rows_length":
-        raise StateShapeError(
+        return StateShapeError(
             f"parameter {name}: it has {problem.expected[0]} rows, and {problem.got[0]} rows are known to differ "
             f"({problem.key}); use opt.edit_rows() to change the number of rows; opt.unfreeze_rows({name}) "
             f"and opt.reset({name}) let all of them start afresh"
         )
     if problem.kind == "rows_ahead":
-        raise StateShapeError(
+        return StateShapeError(
             f"parameter {name}: its state 'step' is {problem.expected[0]}, and a row was made at step "
             f"{problem.got[0]}; put the former 'step' back, or call opt.reset({name})"
         )
-    if problem.kind in ("bound_shape", "bound_dtype", "dim", "rows_dtype", "rows_undeclared"):
-        raise ConstraintError(
-            f"parameter {name} of shape {problem.expected}: what was declared as its {problem.key!r} (shape "
-            f"{problem.got}) does not fit it any more; declare it anew with opt.constrain(...)"
+    return None
+
+
+def _of_memory(name: str, other: str | None, problem: _core.Problem) -> ParamStateError:
+    """Memory that would be written twice."""
+    if problem.kind == "expanded":
+        return OverlapError(
+            f"parameter {name}: {problem.key!r} shares memory with itself (shape {problem.got}, an expand()ed "
+            "tensor); give it memory of its own with .contiguous()"
         )
-    other = "" if problem.other is None else f" and {called_at(optimizer, problem.other)}"
-    raise OverlapError(
-        f"parameters {name}{other} share memory, so each would be updated twice; give one of them memory of its "
-        "own with .clone()"
+    if problem.kind == "state_overlap":
+        return OverlapError(
+            f"parameter {name}: {problem.key!r} shares memory with something else that the step writes; give it "
+            "memory of its own with .clone()"
+        )
+    both = name if other is None else f"{name} and {other}"
+    return OverlapError(
+        f"parameters {both} share memory, so each would be updated twice; give one of them memory of its own with "
+        ".clone()"
     )

@@ -122,7 +122,7 @@ class CarriedState:
 
     def _along_one_dim(self, marks: Tensor) -> tuple[int, Tensor]:
         for dim in range(marks.dim()):
-            rows = marks.movedim(dim, 0).flatten(1)
+            rows = marks.movedim(dim, 0).unsqueeze(-1).flatten(1)  # a vector's rows are its elements
             if bool((rows == rows[:, :1]).all()):
                 return dim, rows[:, 0] if rows.shape[1] else rows.new_zeros(len(rows))
         if marks.dim() == 0:

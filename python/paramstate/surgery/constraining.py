@@ -13,6 +13,7 @@ from paramstate.declared.rows import Rows
 from paramstate.errors import ConstraintError, listed
 from paramstate.identity.membership import Membership, Which
 from paramstate.identity.table import Entry
+from paramstate.identity.tables import between_steps
 from paramstate.identity.versions import own_writes
 
 ChosenRows = Mapping[int, Tensor]
@@ -22,6 +23,7 @@ ChosenRows = Mapping[int, Tensor]
 class Constraining(Membership):
     """The part of an optimizer that keeps constraints."""
 
+    @between_steps
     def constrain(self, which: Which, constraint: AnyConstraint | None) -> None:
         """Declare a constraint that holds after every step; the values are projected at once.
 

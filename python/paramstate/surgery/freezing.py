@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from paramstate.identity.membership import Membership, Which
+from paramstate.identity.tables import between_steps
 
 
 class Freezing(Membership):
     """The part of an optimizer that freezes whole parameters."""
 
+    @between_steps
     def freeze(self, which: Which, *, stop_gradient: bool = True) -> None:
         """Leave parameters untouched from now on: no update, no decay, no clip, no ageing of state.
 
@@ -46,6 +48,7 @@ class Freezing(Membership):
                 entry.param.requires_grad_(False)
             self._traits_changed(entry)
 
+    @between_steps
     def unfreeze(self, which: Which) -> None:
         """Train frozen parameters again, from exactly the state that they had.
 

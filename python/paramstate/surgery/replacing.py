@@ -11,6 +11,7 @@ from paramstate.declared.constraints import Constraint
 from paramstate.errors import StateShapeError
 from paramstate.identity.membership import Key, Membership, Which
 from paramstate.identity.table import Entry
+from paramstate.identity.tables import between_steps
 from paramstate.identity.versions import own_writes
 
 from .carried_constraints import carried_constraint
@@ -21,6 +22,7 @@ from .relayout import TensorMap, require_relayout
 class Surgery(Membership):
     """The part of an optimizer that replaces and resets parameters."""
 
+    @between_steps
     def reset(self, which: Which) -> None:
         """Make the state of parameters as if they had never been stepped. Values and IDs stay.
 
@@ -44,6 +46,7 @@ class Surgery(Membership):
         for entry in self._select(which):
             self._forget_state(entry)
 
+    @between_steps
     def replace_(self, which: Key, value: Tensor, state: Literal["keep", "reset"] | TensorMap = "keep") -> Tensor:
         """Give a parameter a new value, or a new ``nn.Parameter``, under the same ID.
 
@@ -134,7 +137,7 @@ class Surgery(Membership):
         else:
             new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
         self._exchange(entry, new)
-        self._put_into_slots(entry, new)
+        self._put_into_slots(entry, new, old)
 
 
 def _require_fits(entry: Entry, value: Tensor, state: str, called: str) -> None:

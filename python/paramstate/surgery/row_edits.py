@@ -295,6 +295,8 @@ class EditRows:
         return self._edited[entry.id]
 
     def _buffer(self, name: str, owner: MutableMapping[str, Any], key: str) -> Edited:
+        if not isinstance(owner[key], Tensor):
+            raise TypeError(f"rows are edited of tensors; under {name!r} there is {type(owner[key]).__name__}")
         place = (id(owner), key)
         if place not in self._edited:
             self._edited[place] = EditedBuffer(name, owner, key)

@@ -11,6 +11,7 @@ from paramstate.declared.rows import RowIndex, Rows, along, normal_dim, row_mask
 from paramstate.errors import SelectionError
 from paramstate.identity.membership import Key, Membership, Which
 from paramstate.identity.table import Entry
+from paramstate.identity.tables import between_steps
 
 from .row_edits import EditRows
 
@@ -76,6 +77,7 @@ class RowSurgery(Membership):
             return torch.full((count,), step, dtype=torch.int64)
         return step - entry.rows.offsets if held else torch.zeros_like(entry.rows.offsets)
 
+    @between_steps
     def freeze_rows(self, which: Which, index: RowIndex, *, dim: int = 0) -> None:
         """Freeze rows: no update, no decay, no momentum, until :meth:`unfreeze_rows`; their state does not age.
 
@@ -112,6 +114,7 @@ class RowSurgery(Membership):
         for entry, rows in changed:
             self._set_rows(entry, rows)
 
+    @between_steps
     def unfreeze_rows(self, which: Which, index: RowIndex | None = None) -> None:
         """Let frozen rows be trained again, from the state that they had.
 

@@ -158,7 +158,8 @@ class EditedParameter:
                 held["step"] = torch.full_like(step, self._step)
         optimizer._traits_changed(entry)
         if self.value is not self.old:
-            optimizer._put_into_slots(entry, self.value)
+            self.old.grad = None
+            optimizer._put_into_slots(entry, self.value, self.old)
 
 
 def _version(tensor: Tensor) -> int | None:
