@@ -136,6 +136,12 @@ def test_a_map_that_mixes_elements_is_refused(carry: Callable[[Tensor], Tensor])
         opt.replace_("vector", torch.randn(7), state=carry)
 
 
+def test_a_map_that_sorts_is_told_by_two_elements() -> None:
+    opt = paramstate.Adam([("pair", nn.Parameter(torch.randn(2)))])
+    with pytest.raises(StateShapeError, match=r"'pair'.*mixes or changes elements"):
+        opt.replace_("pair", torch.randn(2), state=lambda t: t.sort().values)
+
+
 @pytest.mark.parametrize(
     ("carry", "shape", "message"),
     [
@@ -379,6 +385,17 @@ def test_after_it_everything_else_works_as_ever() -> None:
     assert opt.rebind(made).kept == list(opt.ids)
 
 
+def test_what_others_write_after_it_is_seen_by_the_doctor() -> None:
+    model, opt = trained()
+    made = split_of(model)
+    opt.relayout(made)
+    train(made, opt, 1)
+    with torch.no_grad():
+        made.W_K.mul_(2.0)
+    (finding,) = paramstate.doctor(made, opt).processed_under_old_moments
+    assert (finding.name, finding.note) == ("W_K", "written once by others since step 3")
+
+
 def test_a_model_that_was_changed_in_place_is_followed() -> None:
     model, opt = trained()
     fused = model.qkv
@@ -449,7 +466,8 @@ def test_a_group_that_was_a_selection_is_what_it_holds_from_then_on() -> None:
     train(model, opt, 1)
     made = split_of(model)
     opt.relayout(made)
-    assert opt.rebind(made).adopted == []
+    made.later = nn.Parameter(torch.zeros(1))
+    assert opt.rebind(made).unmanaged == ["later"], "the rest of the old model would have claimed it"
     assert [len(group["params"]) for group in opt.param_groups] == [4, 5]
 
 
@@ -760,14 +778,17 @@ def test_twins_with_different_moments_are_not_guessed() -> None:
         opt.relayout(nn.ParameterDict({"x": value.clone(), "y": value.clone()}))
 
 
-def test_a_tied_parameter_stays_tied_or_is_refused() -> None:
-    class Tied(nn.Module):
-        def __init__(self, names: tuple[str, str], *, tied: bool = True) -> None:
-            super().__init__()
-            one = nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(5)))
-            self.register_parameter(names[0], one)
-            self.register_parameter(names[1], one if tied else nn.Parameter(one.detach().clone()))
+class Tied(nn.Module):
+    """Two names, for one parameter or for two of the same value."""
 
+    def __init__(self, names: tuple[str, str], *, tied: bool = True) -> None:
+        super().__init__()
+        one = nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(5)))
+        self.register_parameter(names[0], one)
+        self.register_parameter(names[1], one if tied else nn.Parameter(one.detach().clone()))
+
+
+def test_a_tied_parameter_stays_tied_or_is_refused() -> None:
     model = Tied(("embed", "head"))
     opt = paramstate.Adam(model, lr=0.0)
     give_gradient(model.embed, "a")
@@ -777,3 +798,10 @@ def test_a_tied_parameter_stays_tied_or_is_refused() -> None:
     id = opt.ids["embed"]
     opt.relayout(Tied(("W_E", "W_U")))
     assert opt.ids == {"W_E": id, "W_U": id}
+
+
+def test_parameters_that_become_one_are_refused() -> None:
+    opt = paramstate.Adam(Tied(("embed", "head"), tied=False))
+    with pytest.raises(StateShapeError, match=r"'head' goes nowhere in the new model; name it in drop="):
+        opt.relayout(Tied(("W_E", "W_U")))
+    assert opt.relayout(Tied(("W_E", "W_U")), drop="head").dropped == ["head"]

@@ -276,7 +276,10 @@ class Machine(Travelling, Declarations, Rows, Sessions, Selected, Looking):
 
 
 TestIdentity = Machine.TestCase
-TestIdentity.settings = settings(max_examples=int(os.environ.get("PARAMSTATE_EXAMPLES", "200")), stateful_step_count=40)
+# The same examples each time: what the suite says of a change is said of the change. New ones are the soak's to find.
+TestIdentity.settings = settings(
+    max_examples=int(os.environ.get("PARAMSTATE_EXAMPLES", "200")), stateful_step_count=40, derandomize=True
+)
 
 
 @pytest.mark.skipif("PARAMSTATE_SOAK_SECONDS" not in os.environ, reason="PARAMSTATE_SOAK_SECONDS says for how long")

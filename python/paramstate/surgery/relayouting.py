@@ -359,9 +359,7 @@ class _Relayout:
             optimizer.state.pop(entry.param, None)
             optimizer._forget(entry)
         for route in whole:
-            entry = route.entries[0]
-            entry.param.grad = None  # carried, and in the old layout
-            optimizer._exchange(entry, route.param)
+            optimizer._exchange(route.entries[0], route.param)
         present = [(route.entries[0], route.places) for route in whole]
         optimizer._resettle([*present, *((entry, self._places[entry.param]) for entry in self._kept)])
         for route, source in made:
