@@ -102,7 +102,7 @@ test-clients: $(BUILT) ## the frameworks that drive an optimizer and the systems
 	$(call step,pytest of the frameworks and the systems)
 	@$(RUN) -m pytest -q tests/clients tests/systems
 
-$(OLDEST): $(BUILT)
+$(OLDEST): $(BUILT) $(shell find python -name '*.py' 2>/dev/null)
 	$(call step,environment of the oldest supported releases)
 	@$(PYTHON) scripts/prepare.py oldest
 	@touch $@
