@@ -11,6 +11,7 @@ RUN := $(BIN)/python
 DEPENDENCIES := $(VENV)/.dependencies
 BUILT := $(VENV)/.built
 OLDEST := .venv-oldest/.built
+PEERS := .venv-peers/.installed
 
 # The first Python on PATH that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for candidate in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -19,13 +20,14 @@ PYTHON ?= $(shell for candidate in python3 python python3.14 python3.13 python3.
 RUST_SOURCES := $(wildcard Cargo.toml rust/*/Cargo.toml) $(shell find rust -name '*.rs' 2>/dev/null)
 SOAK_SECONDS ?= 600
 ROWS ?=
+RECORD ?=
 
 # pyo3 asks this interpreter about its ABI: always the same one, or cargo builds anew each time.
 export PYO3_PYTHON := $(CURDIR)/$(RUN)
 
 step = @printf '\n\033[1m== %s\033[0m\n' '$(1)'
 
-.PHONY: help demo demo-rows test test-clients test-oldest test-oldest-contract bench soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
+.PHONY: help demo demo-rows test test-clients test-oldest test-oldest-contract bench bench-peers bench-growth instructions fidelity soak memcheck build lint fmt clippy ruff mypy stub test-rust test-python format clean require-python
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -60,6 +62,27 @@ demo-rows: $(BUILT) ## fit Gaussians to a photograph while rows come and go, two
 bench: $(BUILT) ## measure against torch; ROWS="step clip" picks rows
 	$(call step,benchmark)
 	@$(RUN) benches/run.py $(ROWS)
+
+bench-growth: $(BUILT) ## cost of a step from 1 to 100,000 tensors and from a thousand to a thousand million elements
+	$(call step,growth)
+	@$(RUN) benches/run.py growth
+
+$(PEERS): pyproject.toml scripts/prepare.py | $(BUILT)
+	$(call step,environment of the optimizers of others)
+	@$(PYTHON) scripts/prepare.py peers
+	@touch $@
+
+bench-peers: $(BUILT) $(PEERS) ## measure against optimi, torchao, bitsandbytes and DeepSpeed
+	$(call step,benchmark against others)
+	@.venv-peers/bin/python benches/run.py $(or $(ROWS),peers)
+
+instructions: ## count each kernel's instructions under valgrind against the record; RECORD=1 writes it
+	$(call step,instructions of the kernels)
+	@$(PYTHON) scripts/instructions.py $(if $(RECORD),--record)
+
+fidelity: $(BUILT) ## train in every precision of values and state; writes docs/fidelity.md
+	$(call step,fidelity)
+	@PYTHONPATH=examples $(RUN) benches/fidelity.py
 
 # ---- checks
 
@@ -129,6 +152,6 @@ format: $(DEPENDENCIES) ## rewrite the sources in the project's format
 	@$(BIN)/ruff format .
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) .venv-oldest .venv-uv target dist examples/output benches/results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-peers .venv-uv target dist examples/output benches/results .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find python -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

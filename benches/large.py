@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +13,44 @@ import correctness
 import shapes
 import sides
 from bandwidth import loops
-from outcome import Outcome
-from timing import Action, Contestant, Spread, fastest, measure, ratios
+from outcome import OURS, Outcome, compared
+from scale import SLOW_EVERY
+from timing import Action, Contestant, Spread, Times, least_times, measure, ratios
 
-FLOAT = 4
-STEP_STREAMS = 7  # value, gradient and two moments read; value and two moments written
-NORM_STREAMS = 1  # the gradient read once more
 MAX_NORM = 1.0  # about a tenth of the norm of the random gradients, so the clip binds
 LIMIT = 0.04  # two standard deviations of the random values, so the clamp binds
+AGED = slice(8, None, 10)  # 14 of the 148 parameters, 12 % of the elements
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a training loop does besides the update."""
+    """What a training loop does, and in what precision."""
 
     max_grad_norm: float | None = None
     limit: float | None = None
+    dtype: torch.dtype = torch.float32
+    moment_bytes: float = 4.0  # of one element of one moment of ours
+    options: dict[str, Any] = field(default_factory=dict)  # AdamW's
+    tolerance: correctness.Tolerance = correctness.FP32
 
     @property
-    def streams(self) -> int:
-        """How many floats per parameter paramstate reads or writes for it."""
-        return STEP_STREAMS + (NORM_STREAMS if self.max_grad_norm is not None else 0)
+    def bytes_per_element(self) -> float:
+        """What paramstate has to move: value and moments read and written, the gradient read; for a norm, once more."""
+        gradient = 1 if self.max_grad_norm is None else 2
+        return (2 + gradient) * self.dtype.itemsize + 4 * self.moment_bytes
+
+    def model(self) -> nn.ParameterList:
+        """The parameters with gradients."""
+        model = sides.make_model(shapes.gpt2(), self.limit, self.dtype)
+        sides.give_gradients(model)
+        return model
+
+    def ours(self) -> sides.Side:
+        """Paramstate's side."""
+        options = dict(self.options)
+        if self.max_grad_norm is not None:
+            options["max_grad_norm"] = self.max_grad_norm
+        return sides.ours(self.model(), limit=self.limit, **options)
 
 
 def clamp_each(parameters: list[nn.Parameter], limit: float) -> None:
@@ -50,77 +68,123 @@ def clamp_foreach(parameters: list[nn.Parameter], limit: float) -> None:
         torch._foreach_clamp_max_(tensors, limit)
 
 
-def ways_of_torch(side: sides.Side, work: Work) -> dict[str, Action]:
-    """Name the ways in which a torch user writes this work."""
-    parameters = side.parameters
-    step = side.optimizer.step
+def way(side: sides.Side, work: Work, *, foreach: bool) -> Action:
+    """What a torch user writes for this work, with calls for all parameters or for each."""
+    parameters, step = side.parameters, side.optimizer.step
+    clamp = clamp_foreach if foreach else clamp_each
 
-    def way(*, foreach: bool, clamp: Action) -> Action:
-        def run() -> None:
-            if work.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, work.max_grad_norm, foreach=foreach)
-            step()
-            clamp()
+    def run() -> None:
+        if work.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, work.max_grad_norm, foreach=foreach)
+        step()
+        if work.limit is not None:
+            clamp(parameters, work.limit)
 
-        return run
-
-    if work.max_grad_norm is None:
-        return {"fused": step}
-    clamps: dict[str, Action] = {"": lambda: None}
-    if work.limit is not None:
-        limit = work.limit
-        clamps = {
-            ", clamp_ of each": lambda: clamp_each(parameters, limit),
-            ", foreach clamp": lambda: clamp_foreach(parameters, limit),
-        }
-    return {
-        f"fused, clip {'foreach' if foreach else 'one by one'}{name}": way(foreach=foreach, clamp=clamp)
-        for foreach in (True, False)
-        for name, clamp in clamps.items()
-    }
+    return run if work.max_grad_norm is not None else step
 
 
-def check(mine: sides.Side, other: sides.Side, run_other: Action, work: Work) -> None:
-    """Run both sides and the reference for some steps and compare."""
-    right = correctness.Reference(mine.parameters, work.max_grad_norm, work.limit)
-    for _ in range(correctness.STEPS):
-        right.step(mine.gradients)
-        mine.optimizer.step()
-        run_other()
-    right.check("paramstate", mine.parameters)
-    right.check("torch", other.parameters)
-    correctness.check_all_elements(mine, other)
+@dataclass(frozen=True)
+class Rival:
+    """Torch in one of its settings, and the ways of writing the rest that are worth trying with it."""
+
+    side: sides.Side
+    ways: dict[str, Action]
+
+    def fastest(self) -> tuple[str, float]:
+        """The fastest way and its seconds."""
+        least = least_times({name: Contestant(run) for name, run in self.ways.items()})
+        chosen = min(least, key=lambda name: least[name])
+        return chosen, least[chosen]
+
+
+def rivals_of(work: Work) -> dict[str, Rival]:
+    """Torch's three settings; beside the fused step, a clip and a clamp may be written in two ways."""
+    styles = {"for-loop": [False], "foreach": [True], "fused": [True, False]}
+
+    def rival(setting: sides.Setting) -> Rival:
+        side = sides.torchs(work.model(), setting)
+        tried = styles[setting] if work.max_grad_norm is not None else [False]
+        return Rival(side, {("foreach" if each else "one by one"): way(side, work, foreach=each) for each in tried})
+
+    return {f"torch {setting}": rival(setting) for setting in sides.SETTINGS}
+
+
+def share_of_machine(times: Times, plain: list[str], total_bytes: int) -> tuple[Spread, str]:
+    """Our time against the fastest plain loop's, and a note on that loop."""
+    best = min(plain, key=lambda name: statistics.median(times[name].values()))
+    rate = total_bytes / statistics.median(times[best].values()) / 1e9
+    return ratios(times[best], times[OURS]), f"the machine's fastest plain loop is `{best}`: {rate:.1f} GB/s"
+
+
+def measured(contestants: dict[str, Contestant], against: str, total_bytes: int, notes: tuple[str, ...]) -> Outcome:
+    """Time contestants and plain loops together."""
+    plain = loops(total_bytes)
+    times = measure({**contestants, **plain})
+    bandwidth, note = share_of_machine(times, list(plain), total_bytes)
+    shown = compared({name: times[name] for name in contestants}, against, notes=(*notes, note))
+    return Outcome(**{**vars(shown), "bandwidth": bandwidth, "bytes_moved": total_bytes, "times": times})
 
 
 def run(work: Work) -> Outcome:
     """Measure one kind of work against torch and against the machine."""
-    all_shapes = shapes.gpt2()
-    mine = sides.ours(
-        sides.make_model(all_shapes, limit=work.limit), max_grad_norm=work.max_grad_norm, limit=work.limit
+    mine = work.ours()
+    rivals = rivals_of(work)
+    runs: dict[str, tuple[sides.Side, Action]] = {OURS: (mine, mine.optimizer.step)}
+    runs |= {name: (rival.side, next(iter(rival.ways.values()))) for name, rival in rivals.items()}
+    reference = correctness.Reference(mine.parameters, work.max_grad_norm, work.limit)
+    for name, complaint in correctness.check(reference, runs, work.tolerance).items():
+        correctness.require(name, complaint)
+    chosen = {name: rival.fastest() for name, rival in rivals.items()}
+    best = min(chosen, key=lambda name: chosen[name][1])
+    contestants = {OURS: Contestant(mine.optimizer.step)}
+    for name, (style, _) in chosen.items():
+        contestants[name] = Contestant(rivals[name].ways[style], every=1 if name == best else SLOW_EVERY)
+    styled = f" with clip and clamp {chosen[best][0]}" if len(rivals[best].ways) > 1 else ""
+    elements = sum(parameter.numel() for parameter in mine.parameters)
+    note = f"torch's best is {best.removeprefix('torch ')}{styled}"
+    return measured(contestants, best, int(work.bytes_per_element * elements), (note,))
+
+
+def age(side: sides.Side, reference: correctness.Reference) -> float:
+    """Reset every tenth row of some parameters; returns the share of the elements that these hold."""
+    chosen = list(range(len(side.parameters)))[AGED]
+    with side.optimizer.edit_rows() as rows:  # type: ignore[attr-defined]
+        for index in chosen:
+            rows.reset(str(index), slice_mask(side.parameters[index]))
+    for index in chosen:
+        parameter = side.parameters[index]
+        mask = slice_mask(parameter).reshape([-1] + [1] * (parameter.dim() - 1)).expand(parameter.shape)
+        reference.restart(index, mask)
+    sizes = [parameter.numel() for parameter in side.parameters]
+    return sum(sizes[AGED]) / sum(sizes)
+
+
+def slice_mask(parameter: nn.Parameter) -> Tensor:
+    """Every tenth row."""
+    mask = torch.zeros(parameter.shape[0], dtype=torch.bool)
+    mask[::10] = True
+    return mask
+
+
+def row_steps() -> Outcome:
+    """Measure a step in which a tenth of the parameters have rows of two ages, against one in which none has."""
+    work = Work()
+    aged, plain = work.ours(), work.ours()
+    reference = correctness.Reference(aged.parameters)
+    runs = {OURS: (aged, aged.optimizer.step)}
+    correctness.require(OURS, correctness.check(reference, runs, work.tolerance).get(OURS, ""))
+    share = age(aged, reference)
+    correctness.require(OURS, correctness.check(reference, runs, work.tolerance).get(OURS, ""))
+    elements = sum(parameter.numel() for parameter in aged.parameters)
+    without = f"{OURS}, no row steps"
+    contestants = {OURS: Contestant(aged.optimizer.step), without: Contestant(plain.optimizer.step)}
+    count = len(aged.parameters[AGED])
+    notes = (
+        "here the number is our time with row steps over our time without: less is better",
+        f"{count} parameters, {share:.0%} of the elements, have every tenth row {correctness.STEPS} steps younger",
     )
-    other = sides.theirs(sides.make_model(all_shapes, limit=work.limit))
-    for side in (mine, other):
-        sides.give_gradients(side.model)
-    ways = ways_of_torch(other, work)
-    check(mine, other, next(iter(ways.values())), work)
-    setting = fastest(ways)
-    total_bytes = work.streams * FLOAT * sum(parameter.numel() for parameter in mine.parameters)
-    plain = loops(total_bytes)
-    times = measure(
-        {"paramstate": Contestant(mine.optimizer.step), "torch": Contestant(ways[setting]), **plain},
-    )
-    yardstick = min(plain, key=lambda name: statistics.median(times[name]))
-    rate = total_bytes / statistics.median(times[yardstick]) / 1e9
-    return Outcome(
-        number=ratios(times["torch"], times["paramstate"]),
-        ours=Spread.of(times["paramstate"]),
-        theirs=Spread.of(times["torch"]),
-        setting=setting,
-        bandwidth=ratios(times[yardstick], times["paramstate"]),
-        bytes_moved=total_bytes,
-        notes=(f"the machine's fastest plain loop is `{yardstick}`: {rate:.1f} GB/s",),
-        times=times,
-    )
+    found = measured(contestants, without, int(work.bytes_per_element * elements), notes)
+    return Outcome(**{**vars(found), "number": ratios(found.times[OURS], found.times[without])})
 
 
 def step() -> Outcome:
@@ -136,3 +200,24 @@ def clip_step() -> Outcome:
 def clip_step_clamp() -> Outcome:
     """Measure a clip by global norm, the update, and a clamp of the values."""
     return run(Work(max_grad_norm=MAX_NORM, limit=LIMIT))
+
+
+def bf16() -> Outcome:
+    """Measure the update with values and moments in bfloat16."""
+    return run(Work(dtype=torch.bfloat16, moment_bytes=2, tolerance=correctness.BF16))
+
+
+def bf16_stochastic() -> Outcome:
+    """Measure the same with values that are rounded at random, without bias; torch's are rounded to the nearest."""
+    options = {"rounding": "stochastic"}
+    return run(Work(dtype=torch.bfloat16, moment_bytes=2, options=options, tolerance=correctness.BF16_STOCHASTIC))
+
+
+def bf16_moments() -> Outcome:
+    """Measure the update with values in float32 and moments in bfloat16; torch's are in float32."""
+    return run(Work(moment_bytes=2, options={"state_dtype": torch.bfloat16}, tolerance=correctness.BF16_MOMENTS))
+
+
+def eight_bit_moments() -> Outcome:
+    """Measure the update with values in float32 and moments in 8 bits; torch's are in float32."""
+    return run(Work(moment_bytes=1, options={"state_dtype": "8bit"}, tolerance=correctness.EIGHT_BITS))

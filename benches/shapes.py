@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from scale import SMALLER
+
 Shape = tuple[int, ...]
 
-VOCABULARY = 50_257
+VOCABULARY = 50_257 // SMALLER
 POSITIONS = 1_024
-WIDTH = 768
+WIDTH = 768 // SMALLER
 LAYERS = 12
 
 
@@ -31,6 +33,12 @@ def gpt2() -> list[Shape]:
     """GPT-2 small: 148 parameters, 124,439,808 elements; the output head is the token embedding, so it adds none."""
     embeddings: list[Shape] = [(VOCABULARY, WIDTH), (POSITIONS, WIDTH)]
     return embeddings + [shape for _ in range(LAYERS) for shape in block()] + layer_norm()
+
+
+def square_matrices() -> list[Shape]:
+    """Eight matrices of one shape, 33,554,432 elements: some of the others compile their step anew for each shape."""
+    side = 2_048 // min(SMALLER, 8)  # some keep moments of less than 4,096 elements in 32 bits
+    return [(side, side)] * 8
 
 
 def vectors(count: int, length: int) -> list[Shape]:

@@ -1,20 +1,27 @@
-"""The two sides of a comparison: the same parameters and gradients under paramstate and under torch."""
+"""The sides of a comparison: the same parameters and gradients under paramstate and under others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import paramstate
+from outcome import NotMeasuredError
 from shapes import Shape
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 VALUE_SCALE = 0.02  # GPT-2's own initial spread
 GRADIENT_SCALE = 1e-3
+
+Setting = Literal["for-loop", "foreach", "fused"]
+SETTINGS: tuple[Setting, ...] = ("for-loop", "foreach", "fused")  # torch's three; the first is its default on a CPU
 
 
 @dataclass(frozen=True)
@@ -35,33 +42,48 @@ class Side:
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
 
-def make_model(shapes: Sequence[Shape], seed: int = 0, limit: float | None = None) -> nn.ParameterList:
-    """Make random parameters; with a limit they start inside it."""
-    generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(shape, generator=generator).mul_(VALUE_SCALE) for shape in shapes]
+@cache
+def random_numbers(shape: Shape, seed: int) -> Tensor:
+    """Standard normal numbers, made once for all sides."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(
+    shapes: Sequence[Shape], limit: float | None = None, dtype: torch.dtype = torch.float32
+) -> nn.ParameterList:
+    """Make random parameters, each with numbers of its own; with a limit they start inside it."""
+    values = [random_numbers(shape, index).mul(VALUE_SCALE) for index, shape in enumerate(shapes)]
     if limit is not None:
         for value in values:
             value.clamp_(-limit, limit)
-    return nn.ParameterList(nn.Parameter(value) for value in values)
+    return nn.ParameterList(nn.Parameter(value.to(dtype)) for value in values)
 
 
-def give_gradients(model: nn.Module, seed: int = 1) -> None:
-    """Assign random gradients, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).mul_(GRADIENT_SCALE)
+def give_gradients(model: nn.Module) -> None:
+    """Assign random gradients, the same to each model, other numbers than the values."""
+    for index, parameter in enumerate(model.parameters()):
+        numbers = random_numbers(tuple(parameter.shape), 100_000 + index)
+        parameter.grad = numbers.mul(GRADIENT_SCALE).to(parameter.dtype)
 
 
-def ours(model: nn.ParameterList, *, max_grad_norm: float | None = None, limit: float | None = None) -> Side:
+def require_options(options: Mapping[str, Any]) -> None:
+    """Say so where AdamW does not take these yet."""
+    accepted = inspect.signature(paramstate.AdamW).parameters
+    unknown = [name for name in options if name not in accepted]
+    if unknown:
+        raise NotMeasuredError(f"not available: AdamW takes no {' and no '.join(unknown)}")
+
+
+def ours(model: nn.ParameterList, *, limit: float | None = None, **options: Any) -> Side:
     """Make paramstate's side. It knows the model, so every step also checks that the model holds what is trained."""
-    constraints = None if limit is None else paramstate.Box(-limit, limit)
-    optimizer = paramstate.AdamW(
-        model, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=max_grad_norm, constraints=constraints
-    )
-    return Side(model, optimizer)
+    if limit is not None:
+        options["constraints"] = paramstate.Box(-limit, limit)
+    require_options(options)
+    return Side(model, paramstate.AdamW(model, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, **options))
 
 
-def theirs(model: nn.ParameterList, *, fused: bool = True) -> Side:
-    """Make torch's side: the fused step, its best on a CPU, or the loop over parameters, its default there."""
-    parameters = list(model.parameters())
-    return Side(model, torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=fused))
+def torchs(model: nn.ParameterList, setting: Setting) -> Side:
+    """Make torch's side in one of its settings."""
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    options = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[setting]
+    return Side(model, make(list(model.parameters()), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, **options))

@@ -6,7 +6,8 @@ in training. Only the step is timed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 import correctness
 import shapes
 import sides
-from outcome import Outcome
-from timing import Action, Contestant, Spread, measure, ratios
+from outcome import OURS, Outcome, compared
+from scale import SLOW_EVERY, SMALLER
+from timing import Action, Contestant, Spread, least_times, measure
 
 
 def make_inputs(all_shapes: Sequence[shapes.Shape]) -> list[Tensor]:
@@ -35,46 +37,34 @@ def backward_of(side: sides.Side, inputs: Sequence[Tensor]) -> Action:
     return run
 
 
-def check(mine: sides.Side, other: sides.Side, inputs: Sequence[Tensor]) -> None:
-    """Run both sides and the reference for some steps and compare; each side has gradients of its own values."""
-    right = correctness.Reference(mine.parameters, None, None)
-    for _ in range(correctness.STEPS):
-        for side in (mine, other):
-            backward_of(side, inputs)()
-        right.step(mine.gradients)
-        for side in (mine, other):
-            side.optimizer.step()
-    right.check("paramstate", mine.parameters)
-    right.check("torch", other.parameters)
-    correctness.check_all_elements(mine, other)
+def contest(entered: Mapping[str, sides.Side], inputs: Sequence[Tensor]) -> Outcome:
+    """Check all sides, then measure those that are right, against the best of torch's settings."""
+    befores = {id(side): backward_of(side, inputs) for side in entered.values()}
+    reference = correctness.Reference(entered[OURS].parameters)
+    runs = {name: (side, side.optimizer.step) for name, side in entered.items()}
+    wrong = correctness.check(reference, runs, correctness.FP32, before=lambda side: befores[id(side)]())
+    torchs = [name for name in entered if name.startswith("torch ")]
+    for name in (OURS, *torchs):
+        correctness.require(name, wrong.get(name, ""))
+    contestants = {
+        name: Contestant(side.optimizer.step, befores[id(side)]) for name, side in entered.items() if name not in wrong
+    }
+    least = least_times({name: contestants[name] for name in torchs})
+    best = min(torchs, key=lambda name: least[name])
+    for name in torchs:
+        contestants[name] = replace(contestants[name], every=1 if name == best else SLOW_EVERY)
+    times = measure(contestants)
+    each = Spread.of(times[OURS].values()).median / len(inputs)
+    notes = (f"torch's best is {best.removeprefix('torch ')}", f"{each * 1e6:.2f} µs a parameter")
+    return compared(times, best, notes=notes, missing=wrong)
 
 
 def run(count: int, length: int) -> Outcome:
     """Measure the step over so many parameters of one length."""
-    all_shapes = shapes.vectors(count, length)
-    inputs = make_inputs(all_shapes)
-    contestants = {
-        "paramstate": sides.ours(sides.make_model(all_shapes)),
-        "torch": sides.theirs(sides.make_model(all_shapes)),
-        "torch, for-loop": sides.theirs(sides.make_model(all_shapes), fused=False),
-    }
-    check(contestants["paramstate"], contestants["torch"], inputs)
-    times = measure(
-        {name: Contestant(side.optimizer.step, backward_of(side, inputs)) for name, side in contestants.items()}
-    )
-    loop = ratios(times["torch, for-loop"], times["paramstate"])
-    each = Spread.of(times["paramstate"]).median / count
-    return Outcome(
-        number=ratios(times["torch"], times["paramstate"]),
-        ours=Spread.of(times["paramstate"]),
-        theirs=Spread.of(times["torch"]),
-        setting="fused",
-        notes=(
-            f"torch's default, the for-loop, takes {loop.median:.1f} times as long as paramstate",
-            f"{each * 1e6:.2f} µs a parameter",
-        ),
-        times=times,
-    )
+    all_shapes = shapes.vectors(count // SMALLER, length)
+    entered = {OURS: sides.ours(sides.make_model(all_shapes))}
+    entered |= {f"torch {setting}": sides.torchs(sides.make_model(all_shapes), setting) for setting in sides.SETTINGS}
+    return contest(entered, make_inputs(all_shapes))
 
 
 def thousand() -> Outcome:

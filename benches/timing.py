@@ -1,18 +1,17 @@
-"""Interleaved timing on a noisy machine: all that is compared runs in every round; ratios are taken within a round."""
+"""Interleaved timing on a noisy machine: all that is compared takes turns; ratios are taken within a round."""
 
 from __future__ import annotations
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-WARM_UPS = 3
-ROUNDS = 15
+from scale import ROUNDS, WARM_UPS
 
 Action = Callable[[], object]
-Times = dict[str, list[float]]
+Times = dict[str, dict[int, float]]  # seconds by round
 
 
 def nothing() -> None:
@@ -21,10 +20,11 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed, and what happens before it each time, untimed."""
+    """What is timed, what happens before it each time, untimed, and in which rounds: in all, or in every n-th."""
 
     run: Action
     before: Action = nothing
+    every: int = 1
 
     def timed(self) -> float:
         """Prepare, then run once under the clock."""
@@ -43,39 +43,41 @@ class Spread:
     greatest: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Iterable[float]) -> Spread:
         """Summarise values."""
-        return cls(statistics.median(values), min(values), max(values))
+        found = list(values)
+        return cls(statistics.median(found), min(found), max(found))
 
 
 def measure(contestants: Mapping[str, Contestant], rounds: int = ROUNDS) -> Times:
-    """Seconds of each contestant in each round; who goes first changes from round to round."""
+    """Seconds of each contestant in each of its rounds; who goes first changes from round to round."""
     names = list(contestants)
     for _ in range(WARM_UPS):
         for contestant in contestants.values():
             contestant.timed()
-    times: Times = {name: [] for name in names}
+    times: Times = {name: {} for name in names}
     gc.collect()
     gc.disable()  # a collection would fall on whoever happens to run
     try:
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(contestants[name].timed())
+                if turn % contestants[name].every == 0:
+                    times[name][turn] = contestants[name].timed()
     finally:
         gc.enable()
     return times
 
 
-def ratios(slower: Sequence[float], faster: Sequence[float]) -> Spread:
-    """How many times as long the first takes as the second, round by round."""
-    return Spread.of([a / b for a, b in zip(slower, faster, strict=True)])
+def ratios(slower: Mapping[int, float], faster: Mapping[int, float]) -> Spread:
+    """How many times as long the first takes as the second, round by round, in the rounds of both."""
+    return Spread.of(seconds / faster[turn] for turn, seconds in slower.items() if turn in faster)
 
 
-def fastest(candidates: Mapping[str, Action], repeats: int = 3) -> str:
-    """The name of the candidate with the least time: the setting that the other side is given."""
+def least_times(candidates: Mapping[str, Contestant], repeats: int = 3) -> dict[str, float]:
+    """Seconds of each candidate at best: who is worth timing in every round."""
     least = {name: float("inf") for name in candidates}
     for _ in range(repeats):
-        for name, run in candidates.items():
-            least[name] = min(least[name], Contestant(run).timed())
-    return min(least, key=lambda name: least[name])
+        for name, candidate in candidates.items():
+            least[name] = min(least[name], candidate.timed())
+    return least

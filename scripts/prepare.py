@@ -1,6 +1,7 @@
 """Make the environment of the checkout: `prepare.py dependencies`, then `prepare.py build`.
 
-`prepare.py oldest` makes a second one, in which the wheel stands beside the oldest releases that are supported.
+`prepare.py oldest` makes a second one, in which the wheel stands beside the oldest releases that are supported, and
+`prepare.py peers` a third, with the optimizers of others that the benchmark compares with.
 
 Needs nothing but Python's standard library, since it runs before anything is installed. `make` calls it; both commands
 are safe to repeat.
@@ -8,6 +9,7 @@ are safe to repeat.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,6 +28,14 @@ WHEELS = ROOT / "dist" / "oldest"
 OLDEST_PYTHON = (3, 10)
 OLDEST_RELEASES = ("torch==2.10.*", "numpy==2.0.*")
 WHEEL_TAG = "-cp310-abi3-"
+PEERS_VENV = ROOT / ".venv-peers"
+NOT_INSTALLED = PEERS_VENV / "not-installed.json"  # peer to reason, for the benchmark's table
+PEERS = {
+    "torch-optimi": ("torch-optimi",),
+    "torchao": ("torchao",),
+    "bitsandbytes": ("bitsandbytes",),
+    "deepspeed": ("deepspeed", "ninja"),  # ninja compiles its step when it is first used
+}
 
 
 class MissingError(Exception):
@@ -159,7 +169,34 @@ def oldest() -> None:
     run(uv, "pip", "install", "--python", python, wheel(), *OLDEST_RELEASES, "--group", "test", env=env)
 
 
-COMMANDS = {"dependencies": dependencies, "build": build, "check-rust": check_rust, "oldest": oldest}
+def try_to_install(uv: Path, requirements: tuple[str, ...], env: dict[str, str]) -> str:
+    """Install what may not be to be had here; returns what was in the way, nothing if nothing was."""
+    # Without isolation: an sdist that asks for torch while it is built then finds the one that is here.
+    install = (str(uv), "pip", "install", "--no-build-isolation", "--python", str(PEERS_VENV / SCRIPTS / "python"))
+    print("+", *install, *requirements, flush=True)
+    done = subprocess.run([*install, *requirements], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    print(done.stderr, flush=True)
+    lines = [line.strip(" ×│╰─▶") for line in done.stderr.splitlines()]
+    return next((line for line in lines if line), f"exit status {done.returncode}")
+
+
+def peers() -> None:
+    """Make `.venv-peers`: torch, and each optimizer of others that can be installed here; the rest is written down."""
+    uv = find_uv()
+    env = {**environment(), "VIRTUAL_ENV": str(PEERS_VENV), "DS_BUILD_OPS": "0"}
+    python = PEERS_VENV / SCRIPTS / "python"
+    run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, PEERS_VENV, env=env)
+    project = ("--requirement", "pyproject.toml", "--extra", "torch", "--group", "bench")
+    run(uv, "pip", "install", "--python", python, *project, "setuptools", "wheel", env=env)
+    failed = {name: try_to_install(uv, requirements, env) for name, requirements in PEERS.items()}
+    NOT_INSTALLED.write_text(json.dumps({name: why for name, why in failed.items() if why}, indent=1) + "\n")
+    (site,) = (PEERS_VENV / "lib").glob("python*/site-packages")
+    (site / "paramstate.pth").write_text(f"{ROOT / 'python'}\n")
+
+
+COMMANDS = {"dependencies": dependencies, "build": build, "check-rust": check_rust, "oldest": oldest, "peers": peers}
 
 
 def main() -> None:

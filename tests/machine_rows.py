@@ -86,8 +86,10 @@ class Edit:
 class Plan:
     """An edit of several parameters' rows, carried out on copies of the reference's entries as it is drawn up."""
 
-    def __init__(self, entries: dict[str, Entry]) -> None:
+    def __init__(self, entries: dict[str, Entry], held: set[str]) -> None:
         self.twins = {key: entry.copied() for key, entry in entries.items()}
+        self.held = held
+        """Those whose values a session would bring back without their state: their rows are not to move."""
         for key, twin in self.twins.items():
             twin.grad = entries[key].grad
         self.first, *_ = self.twins
@@ -106,6 +108,9 @@ class Plan:
                 self.steps.append((key, edit))
                 if edit.values != list(range(twin.value.shape[dim])):
                     self.values_moved.add(key)
+                if key in self.held and key in self.values_moved:
+                    self.refusal = RefusedError(paramstate.EditError)
+                    return
                 try:
                     twin.move_rows(dim, edit.values, edit.states, edit.fill)
                 except RefusedError as refusal:
@@ -240,10 +245,8 @@ class Rows(IdentityMachine):
         self, index: int, also: int, operations: list[str], seed: int, stage: tuple[object, str] | None,
         calls_before: int,
     ) -> None:  # fmt: skip
-        keys = [key for key in dict.fromkeys((self.pick(index), self.pick(also))) if self.may_change_shape(key)]
-        if not keys:
-            return
-        plan = Plan({key: self.entry(key) for key in keys})
+        keys = list(dict.fromkeys((self.pick(index), self.pick(also))))
+        plan = Plan({key: self.entry(key) for key in keys}, {key for key in keys if not self.state_comes_back(key)})
         plan.draw(operations, random.Random(seed))
         side = {"number": torch.arange(float(plan.count)), "param": self.held(keys[0])}
         before = self.objects(side)
@@ -267,8 +270,8 @@ class Rows(IdentityMachine):
         assert side["param"] is self.held(keys[0])
         self.take_over_norms(keys)
 
-    def may_change_shape(self, key: str) -> bool:
-        """Whether no session would bring back a value of another shape than the state that it leaves alone."""
+    def state_comes_back(self, key: str) -> bool:
+        """Whether no session would bring back the value without the state."""
         return all(session.carries_state or key not in session.names for session in self.sessions)
 
     def objects(self, side: dict[str, torch.Tensor]) -> object:
@@ -341,9 +344,6 @@ class Rows(IdentityMachine):
         key = self.pick(index)
         twin = self.entry(key).copied()
         carry = layout(how, twin.value.shape, random.Random(seed))
-        shape = carry(twin.value).shape
-        if shape != twin.value.shape and not self.may_change_shape(key):
-            return
         limit = twin.limit
         if (
             limit is not None
@@ -354,10 +354,13 @@ class Rows(IdentityMachine):
         new = drawn(carry(twin.value), seed) if fresh else carry(twin.value)
         twin.grad = self.entry(key).grad
         refusal = None
-        try:
-            twin.carry(carry, new)
-        except RefusedError as error:
-            refusal = error
+        if not self.state_comes_back(key):
+            refusal = RefusedError(paramstate.EditError)
+        else:
+            try:
+                twin.carry(carry, new)
+            except RefusedError as error:
+                refusal = error
         (layer, attribute), old = self.slots[key], self.held(key)
         with self.refused(refusal):
             given = nn.Parameter(new.clone(), twin.trains) if seed % 2 else new.clone()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import weakref
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -31,7 +35,7 @@ def same_state(one: Entry, other: Entry) -> bool:
 
 
 class Sessions(IdentityMachine):
-    """Opened, nested, marked, undone, redone, toggled, restored, committed, closed."""
+    """Opened, nested, marked, undone, redone, toggled, restored, committed, closed, given up."""
 
     @precondition(lambda self: len(self.sessions) < MAX_SESSIONS)
     @rule(index=which, how=meanings, policy=st.sampled_from(["keep", "snapshot", "reset", "of the model"]))
@@ -111,13 +115,28 @@ class Sessions(IdentityMachine):
     @rule(index=which)
     def close(self, index: int) -> None:
         mine, refusal = self.chosen_session(index)
-        standing = self.standing(mine)
         with self.refused(refusal):
-            mine.session.close()
-        if refusal is None:
-            self.put(mine, mine.history[0], mine.names, standing)
-            self.sessions.remove(mine)
-            assert not mine.session.is_open
+            self.close_in_both(mine)
+
+    @precondition(lambda self: self.sessions)
+    @rule(index=which)
+    def leave_the_block(self, index: int) -> None:
+        """Also that of one that is not the innermost, as an exception may: what was opened inside is closed first."""
+        mine = self.sessions[index % len(self.sessions)]
+        own = [session for session in self.sessions if session.owner == mine.owner]
+        with contextlib.ExitStack() as stack:
+            for session in own[own.index(mine) :]:
+                followed = functools.partial(self.close_in_both, session)
+                stack.enter_context(mock.patch.object(session.session, "close", followed))
+            mine.session.__exit__(None, None, None)
+        assert mine not in self.sessions
+
+    @precondition(lambda self: self.sessions)
+    @rule(index=which)
+    def give_a_session_up(self, index: int) -> None:
+        """Nobody closed it, and nobody holds it any more: its edit stays, and what was around it goes on."""
+        gone = weakref.ref(self.sessions.pop(index % len(self.sessions)).session)
+        assert gone() is None
 
     @precondition(lambda self: self.sessions)
     @rule(index=which)
@@ -131,6 +150,13 @@ class Sessions(IdentityMachine):
             assert same_bits(mine.session.base()[name], mine.history[0].held[key][1])
             assert mine.session.tensors()[name] is self.held(key)
         mine.session.diff()
+
+    def close_in_both(self, mine: Session) -> None:
+        standing = self.standing(mine)
+        paramstate.EditSession.close(mine.session)
+        self.put(mine, mine.history[0], mine.names, standing)
+        self.sessions.remove(mine)
+        assert not mine.session.is_open
 
     # ---- the reference's account ------------------------------------------------------------------------------------
 

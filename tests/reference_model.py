@@ -65,8 +65,9 @@ class Entry:
         return replace(self, value=self.value.clone(), moments=moments, grad=None, rows=rows)
 
     def replaced_by(self, *, trains: bool) -> None:
-        """Another object stands for it: frozen if it was, and with a gradient that fits it."""
-        self.trains = trains and not (self.frozen and self.trained is not None)
+        """Another object stands for it: with a gradient that fits it, and with none to come where freezing stopped that
+        and nobody turned it on again."""
+        self.trains = trains and (self.trains or not self.frozen or self.trained is None)
         if self.grad is not None and (self.grad.shape, self.grad.dtype) != (self.value.shape, self.value.dtype):
             self.grad = None
 
@@ -212,10 +213,13 @@ class Entry:
         shape[0 if self.rows is None else self.rows.dim] = -1
         return torch.tensor(active, dtype=torch.bool).reshape(shape).broadcast_to(self.value.shape)
 
-    def project(self) -> None:
-        """Bring the value to its constraint; what is frozen is left alone."""
+    def project(self, chosen: Sequence[bool] | None = None) -> None:
+        """Bring the value, or its chosen rows, to its constraint; what is frozen is left alone."""
+        if chosen is not None:
+            self.rows = self.rows_along(0)
         if self.limit is not None and not self.frozen:
-            self.value = self.limit.projected(self.value, self.mask(self.active()))
+            self.value = self.limit.projected(self.value, self.mask(self.active(chosen)))
+        self.settle()
 
 
 @dataclass
@@ -238,7 +242,7 @@ class Reference:
             if key in stepping:
                 self._update(entry, coefficient, named.get(key))
             else:
-                entry.project()
+                entry.project(named.get(key))
         return norm
 
     def _update(self, entry: Entry, coefficient: float, chosen: Sequence[bool] | None) -> None:

@@ -249,6 +249,17 @@ def test_clip_of_a_complex_parameter_is_refused() -> None:
     refused(weight, 0.0, 1.0, says=["is complex, and complex numbers have no order"])
 
 
+def test_clip_of_a_parameter_without_values_is_refused() -> None:
+    layer = nn.Linear(3, 2, device="meta")
+    opt = paramstate.Adam(layer)
+    for arguments in ((0.0, 1.0), (torch.zeros(2, 3, device="cpu"),), (torch.tril,)):
+        with pytest.raises(paramstate.UnsupportedError, match=r"'weight' is on the meta device.*materialize"):
+            paramstate.clip_(layer.weight, *arguments)
+    with pytest.raises(paramstate.ConstraintError, match=r"min 1\.0 is above max 0\.0"):
+        paramstate.clip_(layer.weight, 1.0, 0.0)
+    assert opt.state == {}
+
+
 def test_a_callback_that_gives_another_shape_is_refused() -> None:
     parameter, _opt = stepped()
     refused(parameter, lambda values: values[0], says=["[4]", "[3, 4]"])

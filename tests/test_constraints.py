@@ -229,6 +229,38 @@ def test_how_many_values_are_at_their_bound_is_told() -> None:
     assert opt.at_bounds() == {}
 
 
+def test_values_that_are_not_there_are_at_no_bound_and_that_is_said() -> None:
+    opt = paramstate.Adam(nn.Linear(3, 2, device="meta"), constraints={"bias": Box(torch.zeros(2), 1.0)})
+    with pytest.raises(paramstate.UnsupportedError, match=r"'bias' is on the meta device.*materialize"):
+        opt.at_bounds()
+    assert opt.at_bounds("weight") == {}
+
+
+class Halved(paramstate.Constraint):
+    """A constraint of a user's own."""
+
+    def require_fits(self, param: torch.Tensor, called: str) -> None:
+        """It fits all."""
+
+    def project_(self, param: torch.Tensor, called: str) -> None:  # noqa: ARG002  the signature is given
+        param.mul_(0.5)
+
+    def holds(self, param: torch.Tensor) -> bool:
+        return bool((param == 0.0).all())
+
+    def as_data(self) -> dict[str, object]:
+        return {"kind": "halved"}
+
+
+def test_a_constraint_of_a_users_own_is_applied_after_each_step() -> None:
+    weight, opt = one(torch.tensor([8.0, -8.0]), Halved())
+    assert weight.tolist() == [4.0, -4.0], "at once"
+    opt.param_groups[0]["lr"] = 0.0
+    opt.param_groups[0]["weight_decay"] = 0.0
+    steps(weight, opt)
+    assert weight.abs().max() < 4.0
+
+
 def test_kept_momentum_holds_a_value_at_its_bound_and_zeroed_momentum_lets_it_go() -> None:
     def steps_until_it_leaves(constraint: Box) -> int:
         weight, opt = one(torch.zeros(1), constraint)

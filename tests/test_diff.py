@@ -100,6 +100,14 @@ def test_reordered_rows_are_told_with_their_order() -> None:
     assert one(values.T, values[order].T).layout == "reordered along dim 1"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reordered_elements_of_a_vector_are_told_with_their_order(dtype: torch.dtype) -> None:
+    values, order = torch.randn(5), torch.tensor([3, 0, 4, 1, 2])
+    row = one(values, values[order].to(dtype))
+    assert (row.kind, row.layout) == ("re-laid-out", "reordered along dim 0")
+    assert torch.equal(row.order, order)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_a_centred_tensor_names_the_dimension(dim: int, dtype: torch.dtype) -> None:

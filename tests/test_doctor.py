@@ -204,6 +204,27 @@ def test_values_loaded_before_the_first_step_or_around_a_load_of_the_optimizer_a
     assert doctor(model, optimizer).healthy
 
 
+@pytest.mark.parametrize("how", ["all rows reset", "another tensor", "written in place"])
+def test_a_step_that_is_set_back_is_not_taken_for_processing(how: str) -> None:
+    model = Net()
+    optimizer = paramstate.AdamW(model)
+    train(model, optimizer, range(4))
+    weight = model.first.weight
+    if how == "all rows reset":
+        with optimizer.edit_rows() as rows:
+            rows.reset(weight, [0, 1])
+    elif how == "another tensor":
+        optimizer.state[weight]["step"] = torch.tensor(3.0)
+    else:
+        optimizer.state[weight]["step"].fill_(3.0)
+    assert doctor(model, optimizer).healthy
+    train(model, optimizer, range(2))
+    assert doctor(model, optimizer).healthy
+    with torch.no_grad():
+        weight.zero_()
+    assert names(doctor(model, optimizer).processed_under_old_moments) == ["first.weight"]
+
+
 @BOTH
 def test_from_the_first_look_on_a_write_without_a_step_is_seen(kind: type[torch.optim.AdamW]) -> None:
     model = Net()

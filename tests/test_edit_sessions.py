@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 import paramstate
-from paramstate import EditError, edit
+from paramstate import EditError, EditSession, edit
 from paramstate.bits import same_bits
 from small_models import Net, assert_same_bits, give_gradient, state_by_name, train
 
@@ -294,6 +297,18 @@ def test_requires_grad_comes_back_with_the_object_of_what_was_frozen_meanwhile(s
     assert original.requires_grad
 
 
+def test_requires_grad_comes_back_into_the_model_also_where_an_optimizer_froze_it_meanwhile() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    original = net.first.weight
+    with edit(net, "first"):
+        opt.freeze("first")
+        net.first.weight = nn.Parameter(torch.zeros(2, 3))
+    assert net.first.weight is original
+    assert original.requires_grad
+    assert opt.frozen == ["first.weight", "first.bias"]
+
+
 def test_an_optimizer_that_knows_no_model_puts_values_back_into_what_the_model_holds() -> None:
     net = Net()
     before = net.first.weight.detach().clone()
@@ -353,3 +368,260 @@ def test_a_restored_edit_is_no_foreign_write_to_the_doctor() -> None:
         net.first.weight.add_(1.0)
     opt.zero_grad()
     assert paramstate.doctor(net, opt).healthy
+
+
+def test_a_restored_edit_in_which_the_moments_began_is_no_foreign_write_to_the_doctor() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    with opt.edit("first"):
+        train(net, opt, range(2))
+    opt.zero_grad()
+    assert paramstate.doctor(net, opt).healthy
+
+
+class Caching(nn.Module):
+    """A model that keeps something between calls, in a buffer that is empty at first or at last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.norm = nn.BatchNorm1d(2, affine=False)
+        self.register_buffer("cache", None)
+        self.register_buffer("start", torch.ones(2), persistent=False)
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True], ids=["model", "optimizer"])
+def test_what_is_or_becomes_none_comes_back(by_optimizer: bool) -> None:
+    model = Caching()
+    opt = paramstate.Adam(model)
+    before, start, bias = bits(model), model.start, model.layer.bias
+    with opt.edit() if by_optimizer else edit(model) as session:
+        assert "cache" not in session.base()
+        model.norm(torch.randn(8, 2))
+        model.cache, model.start, model.layer.bias = torch.ones(3), None, None
+        changed = {change.name: change.max_change for change in session.changes()}
+        assert {"norm.running_mean", "cache", "start"} <= changed.keys()
+        assert changed["start"] is None
+        assert "start" not in session.tensors()
+        session.mark()
+        session.toggle()
+        assert model.cache is None
+        session.toggle()
+        assert model.start is None
+        assert model.cache.shape == (3,)
+    assert_holds(model, before)
+    assert model.cache is None
+    assert model.start is start
+    assert model.layer.bias is bias
+    give_gradient(bias, "after")
+    opt.step()
+    assert not torch.equal(bias, before["layer.bias"]), "it is still trained"
+
+
+def test_buffers_of_two_models_that_share_names_come_back_each() -> None:
+    models = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)) for _ in range(2)]
+    opt = paramstate.Adam([{"params": models[0], "name": "generator"}, {"params": models[1], "name": "critic"}])
+    for number, model in enumerate(models):
+        model[1].running_mean.fill_(number + 7.0)
+    before = [bits(model) for model in models]
+    with opt.edit() as session:
+        for number, model in enumerate(models):
+            model[1].running_mean.fill_(number + 1.0)
+            model[1].running_var.fill_(number + 2.0)
+        session.restore("critic:1.running_mean")
+        assert [model[1].running_mean[0].item() for model in models] == [1.0, 8.0]
+    for model, expected in zip(models, before, strict=True):
+        assert_holds(model, expected)
+
+
+def test_a_buffer_and_a_parameter_of_two_models_that_share_a_name_come_back_each() -> None:
+    models = nn.Module(), nn.Module()
+    models[0].scale = nn.Parameter(torch.ones(2))
+    models[1].register_buffer("scale", torch.full((2,), 2.0))
+    models[1].weight = nn.Parameter(torch.ones(2))
+    opt = paramstate.Adam([{"params": model} for model in models])
+    with opt.edit():
+        for model in models:
+            model.scale.data.zero_()
+    assert [model.scale.tolist() for model in models] == [[1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True], ids=["model", "optimizer"])
+def test_the_end_of_a_block_closes_what_was_opened_inside(by_optimizer: bool) -> None:
+    net = Net()
+    opt = paramstate.Adam(net)
+    before = bits(net)
+    opened: list[EditSession] = []
+
+    def open_one() -> EditSession:
+        return opt.edit() if by_optimizer else edit(net)
+
+    def fail_midway() -> None:
+        with open_one():
+            net.first.weight.data.add_(1.0)
+            for _ in range(2):
+                opened.append(open_one())
+                net.first.weight.data.add_(1.0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_midway()
+    assert_holds(net, before)
+    assert not any(session.is_open for session in opened)
+
+
+def test_a_session_that_nobody_closes_keeps_nothing_alive_and_blocks_nothing() -> None:
+    net = Net()
+    opt = paramstate.Adam(net)
+    before = bits(net)
+    with edit(net) as outer:
+        edit(net, "first")
+        net.first.weight.data.add_(1.0)
+        outer.undo()
+        assert_holds(net, before)
+    edit(net)
+    opt.edit(state="snapshot")
+    with edit(net), opt.edit():
+        pass
+    former = weakref.ref(net), weakref.ref(opt)
+    del net, opt, outer
+    gc.collect()
+    assert [reference() for reference in former] == [None, None]
+
+
+def test_a_closed_session_keeps_no_state() -> None:
+    net = Net()
+    opt = paramstate.Adam(net)
+    train(net, opt, range(1))
+    with opt.edit(state="snapshot") as session:
+        train(net, opt, range(1))
+    assert session.base().keys() == bits(net).keys()
+    assert [step.companion for step in session._history] == [None]
+
+
+def test_what_left_the_optimizer_is_passed_over() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(2))
+    before = bits(net)
+    with opt.edit(state="snapshot") as session:
+        net.second.weight.data.zero_()
+        net.third.weight.data.zero_()
+        del net.third
+        opt.rebind(net)
+        assert "third.weight" not in session.tensors()
+    del before["third.weight"], before["third.bias"]
+    assert_holds(net, before)
+    assert len(opt.state) == len(opt.ids) == 4
+
+
+# ---- rows and layouts inside a session ---------------------------------------------------------------------------
+
+
+def append_a_row(opt: paramstate.AdamW) -> None:
+    with opt.edit_rows() as rows:
+        rows.append("first.weight", 1)
+
+
+def reverse_rows(opt: paramstate.AdamW) -> None:
+    with opt.edit_rows() as rows:
+        rows.permute("first.weight", [1, 0])
+
+
+def transpose(opt: paramstate.AdamW) -> None:
+    opt.replace_("first.weight", opt.param(opt.ids["first.weight"]).T, state=lambda t: t.T)
+
+
+MOVES = [append_a_row, reverse_rows, transpose]
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("opened_by", ["optimizer", "model", "another optimizer"])
+def test_elements_do_not_move_where_the_value_would_come_back_without_the_state(
+    move: Callable[[paramstate.AdamW], None], opened_by: str
+) -> None:
+    net = Net()
+    opt, other = paramstate.AdamW(net, lr=0.1), paramstate.AdamW(net)
+    straight, straight_opt = copy.deepcopy((net, opt))
+    for model, optimizer in ((net, opt), (straight, straight_opt)):
+        train(model, optimizer, range(3))
+    sessions = {
+        "optimizer": lambda: opt.edit("first"),
+        "model": lambda: edit(net, "first"),
+        "another optimizer": lambda: other.edit("first", state="snapshot"),
+    }
+    with sessions[opened_by]():
+        weight = net.first.weight
+        with pytest.raises(EditError, match=r"'first.weight' is in an open edit .* state='snapshot'"):
+            move(opt)
+        assert net.first.weight is weight
+    for model, optimizer in ((net, opt), (straight, straight_opt)):
+        train(model, optimizer, range(3, 5))
+    assert_same_bits(state_by_name(net, opt), state_by_name(straight, straight_opt))
+    move(opt)
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("state", ["snapshot", "reset"])
+def test_moved_elements_come_back_with_their_state(move: Callable[[paramstate.AdamW], None], state: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1)
+    straight, straight_opt = copy.deepcopy((net, opt))
+    for model, optimizer in ((net, opt), (straight, straight_opt)):
+        train(model, optimizer, range(3))
+    with opt.edit("first", state=state) as session:
+        move(opt)
+        train(net.first, opt, [17])
+        moved = net.first.weight.detach().clone()
+        session.toggle()
+        train(net.first, opt, [17])
+        session.undo()
+        session.restore()
+        session.close()
+    assert moved.shape != (2, 3) or move is reverse_rows
+    for model, optimizer in ((net, opt), (straight, straight_opt)):
+        train(model, optimizer, range(3, 5))
+    assert_same_bits(state_by_name(net, opt), state_by_name(straight, straight_opt))
+
+
+def test_a_model_is_not_laid_out_anew_where_the_old_layout_would_come_back() -> None:
+    fused, split = nn.Linear(2, 4, bias=False), nn.ModuleDict({key: nn.Linear(2, 2, bias=False) for key in "ab"})
+    for new, old in zip(split.parameters(), fused.weight.detach().chunk(2), strict=True):
+        new.data.copy_(old)
+    opt = paramstate.Adam(fused)
+    with opt.edit(state="snapshot"), pytest.raises(EditError, match=r"'weight' is in an open edit.*old layout"):
+        opt.relayout(split)
+    assert list(opt.ids) == ["weight"]
+    with edit(fused):  # its original is the old model's, which is no concern of the new one
+        opt.relayout(split)
+    assert list(opt.ids) == ["a.weight", "b.weight"]
+
+
+def test_rows_are_reset_and_buffers_are_edited_in_a_session_that_leaves_state_alone() -> None:
+    net = Net(["first"])
+    opt = paramstate.AdamW(net, lr=0.1)
+    train(net, opt, range(2))
+    with opt.edit() as session, opt.edit_rows(side={"seen": torch.ones(2)}) as rows:
+        rows.reset("first.weight", [0])
+        rows.append("seen", 1)
+    assert opt.row_steps("first.weight").tolist() == [0, 2]
+    with opt.edit_rows() as rows:
+        assert not session.is_open
+        rows.append("first.weight", 1)
+    assert opt.row_steps("first.weight").tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_state_of_another_shape_goes_with_the_value_that_it_was_made_for(bare: bool) -> None:
+    net = Net(["first"])
+    opt = paramstate.AdamW(list(net.named_parameters()) if bare else net, lr=0.1)
+    train(net, opt, range(2))
+    before = net.first.weight.detach().clone()
+    with opt.edit("first.weight"):
+        net.first.weight = opt.replace_("first.weight", torch.zeros(4, 5), state="reset")
+        give_gradient(net.first.weight, "inside")
+        opt.step()
+    assert torch.equal(net.first.weight, before)
+    assert opt.state_of("first.weight") == {}
+    train(net, opt, range(1))
+    assert opt.state_of("first.weight")["step"] == 1

@@ -181,3 +181,118 @@ def test_an_unknown_name_freezes_nothing_and_names_the_nearest() -> None:
     with pytest.raises(paramstate.UnknownParameterError, match=r"first\.weight"):
         opt.freeze(["second.weight", "fist.weight"])
     assert opt.frozen == []
+
+
+def test_a_module_stands_for_its_parameters() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    opt.freeze(net.first)
+    assert opt.frozen == ["first.weight", "first.bias"]
+    opt.unfreeze(net)
+    assert opt.frozen == []
+    opt.freeze([net.first, "second.bias", net.third.weight])
+    assert opt.frozen == ["first.weight", "first.bias", "second.bias", "third.weight"]
+
+
+def test_a_module_stands_for_its_parameters_where_no_model_is_known() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net.parameters())
+    opt.freeze(net.first)
+    assert opt.frozen == [opt.name_of(net.first.weight), opt.name_of(net.first.bias)]
+
+
+def test_a_module_stands_for_its_parameters_wherever_a_selection_may_stand() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net, lr=0.1, weight_decay=0.0, constraints={net.first: paramstate.Box(-0.05, 0.05)})
+    assert net.first.weight.abs().max() <= 0.05
+    opt.constrain(net.first, None)
+    set_gradients(net, 0)
+    opt.step(rows={net.second: [0]})
+    assert opt.row_steps("second.weight").tolist() == [1, *[0] * (len(net.second.weight) - 1)]
+    opt.freeze_rows(net.third, [0])
+    opt.reset(net.second)
+    assert opt.state_of("second.weight") == {}
+    with opt.edit_rows() as rows:
+        rows.resize(net.first, 2)
+    assert net.first.weight.shape[0] == net.first.bias.shape[0] == 2
+
+
+def test_a_module_with_a_parameter_that_is_not_trained_is_refused_by_name() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net.first.parameters(), model=net)
+    with pytest.raises(paramstate.UnknownParameterError, match=r"'second\.weight' is selected, and it is in no group"):
+        opt.freeze(net)
+    with pytest.raises(paramstate.UnknownParameterError, match="no parameters"):
+        opt.freeze(nn.ReLU())
+    assert opt.frozen == []
+
+
+def test_a_module_that_holds_a_tied_parameter_by_half_is_refused_as_its_selection_is() -> None:
+    net = Net()
+    net.second.weight = net.first.weight
+    opt = paramstate.AdamW(net)
+    with pytest.raises(paramstate.SelectionError, match=r"'first\.weight' is tied to 'second\.weight'"):
+        opt.freeze(net.first)
+    opt.freeze([net.first.weight, net.first.bias])
+    assert opt.frozen == ["first.weight", "first.bias"]
+
+
+def test_what_is_no_parameter_at_all_is_a_type_error() -> None:
+    _, opt = trained()
+    with pytest.raises(TypeError, match=r"given as tensors, names, patterns, modules, selections, or several.*got int"):
+        opt.freeze(3)
+    with pytest.raises(TypeError, match="got int"):
+        opt.freeze([3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("constraint", [paramstate.MaxNorm(1.0), paramstate.UnitNorm()], ids=str)
+def test_a_norm_over_frozen_and_free_rows_scales_the_free_ones_and_may_stay_off_its_limit(
+    dtype: torch.dtype, constraint: paramstate.Constraint
+) -> None:
+    weight = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=dtype))
+    opt = paramstate.Adam([("weight", weight)], lr=0.0)
+    opt.freeze_rows("weight", [0])
+    opt.constrain("weight", constraint)
+    free = 4.0 / 5.0
+    for _ in range(3):
+        assert weight[0].tolist() == [3.0, 0.0]
+        assert abs(weight[1, 1].item() - free) < 1e-6
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+        free /= (9.0 + free**2) ** 0.5
+
+
+def test_a_norm_of_each_row_mixes_no_frozen_with_a_free_one() -> None:
+    weight = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    opt = paramstate.Adam([("weight", weight)])
+    opt.freeze_rows("weight", [0])
+    opt.constrain("weight", paramstate.MaxNorm(1.0, dim=1))
+    assert weight.tolist() == [[3.0, 0.0], [0.0, 1.0]]
+
+
+def test_requires_grad_that_was_set_by_hand_stays_through_a_replacement() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    opt.freeze("first")
+    net.first.weight.requires_grad_(True)  # as of one who wants to look at gradients, without a step
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        net.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    opt.zero_grad()
+    assert net.first.weight.requires_grad
+    assert not net.first.bias.requires_grad
+    assert opt.frozen == ["first.weight", "first.bias"]
+
+
+def test_another_optimizer_that_froze_a_parameter_does_not_freeze_what_this_one_trains() -> None:
+    net = Net()
+    former = paramstate.AdamW(net)
+    former.freeze("first")
+    opt = paramstate.AdamW(net)
+    net.requires_grad_(True)
+    net.load_state_dict(net.state_dict(), assign=True)
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert (opt.frozen, former.frozen) == ([], ["first.weight", "first.bias"])

@@ -7,7 +7,9 @@ import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -72,6 +74,35 @@ def test_an_optimizer_pickles_where_the_model_does_not() -> None:
     other = pickle.loads(pickle.dumps(opt))
     assert other.ids == opt.ids
     assert float(other.state_of("first.weight")["step"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["lambda", "inner"])
+def test_a_constraint_that_does_not_pickle_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inner(values: torch.Tensor) -> torch.Tensor:
+        return values.clamp(-0.1, 0.1)
+
+    for pickler in ("cloudpickle", "dill"):
+        monkeypatch.delitem(sys.modules, pickler, raising=False)
+    net = Net()
+    function = inner if kind == "inner" else lambda values: values.clamp(-0.1, 0.1)
+    opt = paramstate.AdamW(net, constraints={"second.weight": function})
+    with pytest.raises(paramstate.UnsupportedError, match=r"'second\.weight': its constraint.*top of a module"):
+        pickle.dumps(opt)
+    for twin in (copy.deepcopy(opt), copy.copy(opt)):
+        twin.step()
+        assert twin._find("second.weight").constraint.function is function
+
+
+def test_a_constraint_that_pickles_comes_back() -> None:
+    opt = pickle.loads(pickle.dumps(paramstate.AdamW(Net(), constraints={"second.weight": torch.relu})))
+    assert opt._find("second.weight").constraint == paramstate.Projection(torch.relu)
+
+
+def test_where_another_pickler_is_imported_a_function_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cloudpickle", types.ModuleType("cloudpickle"))
+    opt = paramstate.AdamW(Net(), constraints={"second.weight": lambda values: values})
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(opt)
 
 
 def test_an_optimizer_and_its_model_are_freed_when_nobody_holds_them() -> None:
@@ -196,3 +227,52 @@ def test_a_store_handed_to_a_rebuilt_optimizer_brings_ids_and_state() -> None:
     rebuilt.step()
     assert rebuilt.ids == ids
     assert float(rebuilt.state_of("renamed.weight")["step"]) == 4
+
+
+def test_a_handed_over_store_says_nothing_of_a_parameter_that_was_forgotten() -> None:
+    net, opt = trained()
+    opt.freeze("second.weight")
+    opt.constrain("second.bias", paramstate.Box(-0.1, 0.1))
+    opt.freeze_rows("third.weight", [0])
+    ids = dict(opt.ids)
+    del net.second, net.third
+    opt.rebind(net)
+    net.second, net.third = Net().second, Net().third
+    opt.rebind(net, group=0)
+    assert opt.ids == ids, "an ID is derived from the name, so the new parameters have those of the old"
+    rebuilt = paramstate.AdamW(net, store=opt.store)
+    assert rebuilt.frozen == opt.frozen == []
+    assert [entry.constraint or entry.rows for entry in rebuilt._table if entry.constraint or entry.rows] == []
+
+
+def test_a_handed_over_store_says_nothing_of_an_id_that_was_given_up() -> None:
+    net = Net(["second"])
+    opt = paramstate.AdamW(net.named_parameters())
+    opt.freeze("second.weight")
+    given_up = opt.ids["second.weight"]
+    saved = opt.state_dict()
+    saved["paramstate"]["ids"][0] = 77
+    opt.load_state_dict(saved)
+    opt.rename({"second.weight": "kept"})
+    other = Net(["second"])
+    opt.add_param_group({"params": [("second.weight", other.second.weight)]})
+    assert opt.ids["kept"] == 77
+    assert opt.ids["second.weight"] == given_up, "derived from the name, which is free"
+    rebuilt = paramstate.AdamW(other, store=opt.store)
+    assert rebuilt.ids["second.weight"] == given_up
+    assert rebuilt.frozen == []
+
+
+def test_rows_are_the_rebuilt_optimizers_own() -> None:
+    net, opt = trained()
+    opt.freeze_rows("second.weight", [0])
+    set_gradients(net, 3)
+    opt.step()
+    rebuilt = paramstate.AdamW(net, store=opt.store)
+    assert rebuilt.row_steps("second.weight").tolist() == opt.row_steps("second.weight").tolist()
+    ours, theirs = (optimizer._find("second.weight").rows for optimizer in (rebuilt, opt))
+    before = theirs.offsets.clone()
+    rebuilt.step()
+    assert ours.frozen.tolist() == theirs.frozen.tolist()
+    assert ours.offsets[0] == before[0] + 1
+    assert torch.equal(theirs.offsets, before)

@@ -753,6 +753,46 @@ def test_sources_of_which_one_is_frozen_are_refused_by_name() -> None:
         opt.relayout(joined)
 
 
+def test_constraints_of_different_kinds_are_not_joined() -> None:
+    opt, joined = joining(a=MaxNorm(1.0), b=Box(-1.0, 1.0))
+    with pytest.raises(ConstraintError, match=r"'ab': the parameters that it comes from have different constraints"):
+        opt.relayout(joined)
+
+
+def test_bounds_that_treat_momentum_differently_are_not_joined() -> None:
+    opt, joined = joining(a=Box(-9.0, 9.0, zero_exp_avg=True), b=Box(-9.0, 9.0))
+    with pytest.raises(ConstraintError, match=r"'ab': the bounds of its sources differ in zero_exp_avg"):
+        opt.relayout(joined)
+    opt.constrain("b", None)
+    opt.relayout(joined)
+    assert opt._find("ab").constraint.zero_exp_avg
+    assert opt._find("ab").constraint.max.tolist() == [9.0] * 3 + [torch.inf] * 3
+
+
+def joining(**constraints: paramstate.Constraint) -> tuple[paramstate.Adam, nn.ParameterDict]:
+    """An optimizer of two parameters, and the model in which they are one."""
+    model = nn.ParameterDict({"a": torch.randn(3), "b": torch.randn(3)})
+    opt = paramstate.Adam(model, constraints=constraints)
+    return opt, nn.ParameterDict({"ab": torch.cat([model["a"].detach(), model["b"].detach()])})
+
+
+def test_what_is_sharded_is_refused_by_name() -> None:
+    opt, joined = joining()
+    joined["ab"].placements = ()  # what tells a DTensor
+    with pytest.raises(paramstate.UnsupportedError, match=r"'ab' is sharded, or comes from one that is"):
+        opt.relayout(joined)
+
+
+def test_the_report_says_of_which_parameters_it_knows() -> None:
+    opt, joined = joining()
+    report = opt.relayout(joined)
+    assert report.of("ab").sources == ("a", "b")
+    with pytest.raises(UnknownParameterError, match=r"no state was carried to a parameter 'a'.*'ab'"):
+        report.of("a")
+    with pytest.raises(UnknownParameterError, match="none"):
+        paramstate.RelayoutReport().of("a")
+
+
 def test_a_constant_value_with_a_state_of_its_own_is_not_guessed() -> None:
     model = nn.ModuleDict({"one": nn.LayerNorm(3, bias=False), "two": nn.LayerNorm(3, bias=False)})
     opt = paramstate.Adam(model, lr=0.0)

@@ -199,6 +199,41 @@ def test_step_rows_updates_only_the_rows_named(dtype: torch.dtype) -> None:
         twin.assert_equals(table, opt)
 
 
+@pytest.mark.parametrize("way", ["freeze", "step", "layout"])
+def test_rows_of_a_parameter_whose_state_a_client_deleted_have_taken_no_step(way: str) -> None:
+    table = Table()
+    opt = paramstate.AdamW(table, lr=0.1)
+    opt.freeze_rows("weight", [0], dim=1)
+    step(table, opt, torch.ones(5, 3))
+    opt.unfreeze_rows("weight")
+    with pytest.raises(paramstate.UnsupportedError):
+        opt.freeze_rows("weight", [0])
+    del opt.state[table.weight]
+    if way == "freeze":
+        opt.freeze_rows("weight", [0])
+        step(table, opt, torch.ones(5, 3))
+        assert opt.row_steps("weight").tolist() == [0, 1, 1, 1, 1]
+    elif way == "step":
+        step(table, opt, torch.ones(5, 3), rows={"weight": [0]})
+        assert opt.row_steps("weight").tolist() == [1, 0, 0, 0, 0]
+    else:
+        opt.replace_("weight", table.weight.reshape(3, 5), state=lambda t: t.reshape(3, 5))
+        assert opt.row_steps("weight").tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+@pytest.mark.parametrize("constraint", [paramstate.Box(-0.5), paramstate.MaxNorm(0.1, dim=1), lambda w: w.clamp(0)])
+def test_rows_that_sit_out_are_not_brought_to_a_constraint(constraint: object, has_gradient: bool) -> None:
+    table = Table()
+    opt = paramstate.AdamW(table, lr=0.1)
+    opt.constrain("weight", constraint)
+    with torch.no_grad():
+        table.weight.fill_(-3.0)  # by somebody who knows of no constraint
+    table.weight.grad = torch.ones(5, 3) if has_gradient else None
+    opt.step(rows={"weight": [1, 3]})
+    assert (table.weight == -3.0).all(dim=1).tolist() == [True, False, True, False, True]
+
+
 def test_rows_that_sit_out_are_not_in_the_norm_that_clips() -> None:
     table = Table()
     opt = paramstate.AdamW(table, max_grad_norm=1.0)
@@ -917,3 +952,22 @@ def test_freezing_rows_waits_for_a_step_of_another_thread() -> None:
         thread.join()
     assert not failed
     assert opt.state_of("weight")["step"] == 128
+
+
+def test_an_optimizer_whose_parameter_was_edited_by_another_says_so_by_name() -> None:
+    table = nn.Embedding(4, 2)
+    one, other = paramstate.Adam(table, lr=0.1), paramstate.Adam(table, lr=0.1)
+    table.weight.sum().backward()
+    one.step()
+    other.step()
+    with one.edit_rows() as rows:
+        rows.keep("weight", [0, 2])
+    table.weight.sum().backward()
+    one.step()
+    before = table.weight.detach().clone()
+    with pytest.raises(StateShapeError, match=r"'weight'.*has shape \[4, 2\], the parameter has \[2, 2\].*opt\.reset"):
+        other.step()
+    assert torch.equal(table.weight, before)
+    other.reset("weight")
+    other.step()
+    assert other.row_steps("weight").tolist() == [1, 1]

@@ -123,7 +123,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_every_mixture_of_value_and_moment_dtypes_is_the_references(
     value_dtype: torch.dtype, moment_dtype: torch.dtype
 ) -> None:
-    """Torch raises for all of these on the host. What is found in `state` is used with the dtype that it has."""
+    """Torch raises for all of these on the host. What is found in `state` is used with the dtype that it has.
+
+    Moments of 16 bits that are narrower than the value are rounded at random: each to one of its two neighbours.
+    """
     if torch.float64 in (value_dtype, moment_dtype) and {value_dtype, moment_dtype} & set(DTYPES[2:]):
         pytest.skip("float64 to a 16-bit type may be rounded at once or, as torch does, by way of float32")
     parameter = nn.Parameter(torch.randn(33).to(value_dtype))
@@ -136,7 +139,12 @@ def test_every_mixture_of_value_and_moment_dtypes_is_the_references(
     opt.step()
     assert same_bits(parameter, wanted)
     for key, moment in moments.items():
-        assert same_bits(opt.state[parameter][key], moment), key
+        held = opt.state[parameter][key]
+        if moment_dtype.itemsize == 2 < value_dtype.itemsize:
+            apart = (held.view(torch.int16).int() - moment.view(torch.int16).int()).abs()
+            assert apart.max() == 1, key  # codes of neighbours follow each other
+        else:
+            assert same_bits(held, moment), key
 
 
 def test_a_bf16_parameter_with_an_fp32_gradient() -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .optim import Adam as Adam, AdamW as AdamW
     from .selection.backbones import base_model as base_model, base_models as base_models
     from .selection.selecting import Selection as Selection, select as select
-    from .surgery.relayouting import RelayoutReport as RelayoutReport
+    from .surgery.relayout_report import RelayoutReport as RelayoutReport
     from .surgery.row_edits import EditRows as EditRows
 
 __version__ = "0.1.0"
@@ -58,7 +58,7 @@ _HOME = {
     "NonNegative": "declared.constraints",
     "Projection": "declared.projections",
     "RebindReport": "identity.rebinding",
-    "RelayoutReport": "surgery.relayouting",
+    "RelayoutReport": "surgery.relayout_report",
     "UnitNorm": "declared.norm_constraints",
     "Selection": "selection.selecting",
     "base_model": "selection.backbones",

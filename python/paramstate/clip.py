@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .declared.bounds import Bound, broadcast_bound, require_ordered
+from .declared.bounds import Bound, broadcast_bound, require_ordered, require_values
 from .declared.constraints import Constraint
-from .declared.projections import Projection
 from .errors import ConstraintError
 from .identity.hooks import listeners
 from .identity.membership import Membership
@@ -43,6 +42,7 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         ConstraintError: ``min`` is above ``max`` somewhere, a bound is NaN or no real number, a bound does not
             broadcast, the parameter is complex, the function returns another shape or comes with a second bound, or
             there is neither a bound nor a declared constraint. The values are as they were.
+        UnsupportedError: the parameter is on the meta device, where it has no values.
 
     Example:
         >>> import torch
@@ -58,16 +58,24 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
     if callable(max) or (callable(min) and max is not None):
         raise ConstraintError(f"{called}: a function takes the place of both bounds; give it as the only one")
     if callable(min) or (min is None and max is None):
-        constraint = Projection(min) if callable(min) else _declared(param)
+        require_values(called, param)
+        constraint = _by_function(min) if callable(min) else _declared(param)
         with torch.no_grad(), own_writes(_entries(param)):
             constraint.project_(param, str(called))
         return param
     low, high = broadcast_bound(param, called, "min", min), broadcast_bound(param, called, "max", max)
     if low is not None and high is not None:
         require_ordered(called, low, high)
+    require_values(called, param)
     with torch.no_grad(), own_writes(_entries(param)):
         param.clamp_(low, high)
     return param
+
+
+def _by_function(function: Callable[[Tensor], Tensor]) -> Constraint:
+    from .declared.projections import Projection
+
+    return Projection(function)
 
 
 def _entries(param: Tensor) -> list[Entry]:

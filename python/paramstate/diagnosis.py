@@ -65,17 +65,45 @@ class Diagnosis:
 
     @property
     def findings(self) -> dict[str, list[Finding]]:
-        """All lists that are not empty, under their names."""
+        """All lists that are not empty, under their names.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import AdamW, doctor
+            >>> model = torch.nn.Linear(2, 1)
+            >>> found = doctor(model, AdamW([model.weight]))
+            >>> [(question, [one.name for one in answers]) for question, answers in found.findings.items()]
+            [('in_model_not_trained', ['bias'])]
+        """
         lists = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: found for name, found in lists.items() if found}
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing was found but what is harmless."""
+        """Whether nothing was found but what is harmless.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import AdamW, doctor
+            >>> model = torch.nn.Linear(2, 1)
+            >>> found = doctor(model, AdamW([model.weight]))
+            >>> found.healthy, doctor(model, AdamW(model)).healthy
+            (False, True)
+        """
         return all(finding.harmless for found in self.findings.values() for finding in found)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain numbers and text, for JSON."""
+        """The same as plain numbers and text, for JSON.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import AdamW, doctor
+            >>> model = torch.nn.Linear(2, 1)
+            >>> found = doctor(model, AdamW([model.weight]))
+            >>> import json
+            >>> json.loads(json.dumps(found.as_dict()))["in_model_not_trained"][0]["name"]
+            'bias'
+        """
         lists = {
             name: [
                 {key: _plain(getattr(finding, key)) for key in Finding.__dataclass_fields__}

@@ -10,11 +10,12 @@ from .surgery.constraining import Constraining
 from .surgery.freezing import Freezing
 from .surgery.relayouting import Relayouting
 from .surgery.replacing import Surgery
+from .surgery.retyping import Retyping
 from .surgery.row_surgery import RowSurgery
 
 
 class IdentifiedOptimizer(
-    NamedLoading, Relayouting, Copying, OptimizerEditing, RowSurgery, Surgery, Constraining, Freezing, Lookup
+    NamedLoading, Relayouting, Copying, OptimizerEditing, RowSurgery, Surgery, Retyping, Constraining, Freezing, Lookup
 ):
     """Mixin, first among the bases: stable IDs, names, and state that follows a parameter when it is replaced.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,23 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from . import _core
-from .declared.projections import AnyConstraint
+from .declared.constraints import AnyConstraint
 from .declared.rows import RowIndex
-from .errors import UnsupportedError
+from .errors import UnsupportedError, listed
 from .identified import IdentifiedOptimizer
 from .identity.shared import Shared
 from .identity.tables import OnReplace
+from .precision.state_dtype import COMPENSATION, StateDType
 from .selection.selecting import Selection
 from .step.dry_steps import is_asked_for_state_alone
-from .step.fresh_state import MOMENTS, initial_state
+from .step.fresh_state import MOMENTS, initial_state, is_compensated
 from .step.functional import Undo, adam_step, gather
 from .step.host import HostStep
+from .step.plain_precision import require_plain
 from .torch_releases import check_graph_capture
+
+Rounding = Literal["nearest", "stochastic", "kahan"]
+"""How a new value is rounded to 16 bits."""
 
 Constraints = AnyConstraint | Mapping[Any, AnyConstraint]
 """Keys are names, parameters or selections; a mapping's key type is invariant, so ``dict[str, Box]`` must fit too."""
@@ -49,6 +54,15 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             Holds after every step.
         on_replace: what happens to the state of a parameter whose tensor was replaced: ``"keep"`` it, ``"reset"`` it,
             or raise an ``"error"``.
+        state_dtype: in what dtype moments are kept on the host: ``torch.float32``, ``torch.bfloat16`` (half of that) or
+            ``"8bit"`` (a quarter), for all parameters or as a mapping from names, patterns or selections; by default as
+            torch keeps them. See :mod:`paramstate.precision.state_dtype`.
+        rounding: how new values of bfloat16 and float16 parameters are rounded on the host: to the ``"nearest"``, as
+            torch does, which loses updates of less than half a place; ``"stochastic"``, which keeps them on average
+            (Gupta et al. 2015, arXiv:1502.02551), moments as well; or ``"kahan"``, which keeps what rounding left over
+            in the state ``compensation``, two more bytes a parameter (Zamirai et al. 2020, arXiv:2010.06192).
+        rounding_seed: of what is random, at least 0. With the parameter's ID, its step and the index of the element it
+            fixes every choice: results depend neither on threads nor on the order of work.
 
     Raises:
         ValueError, TypeError: an argument is wrong, with torch's texts.
@@ -67,10 +81,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         tensor(1.)
     """
 
-    _shaped_state = MOMENTS
+    _shaped_state = (*MOMENTS, COMPENSATION)
     _gathers_itself = False
     """Whether a subclass has an ``_init_group`` of its own."""
     _max_grad_norm: float | None = None
+    _rounding: tuple[Rounding, int] = ("nearest", 0)
     _grad_norm = Shared[Tensor | None](None)
 
     def __init__(
@@ -93,7 +108,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         max_grad_norm: float | None = None,
         constraints: Constraints | None = None,
         on_replace: OnReplace = "keep",
+        state_dtype: StateDType | Mapping[Any, StateDType] | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
+        self._rounding = _rounding(rounding, rounding_seed)
         if max_grad_norm is not None and not max_grad_norm >= 0.0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         given = self._begin_identity(params, model, store, on_replace)
@@ -114,6 +133,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         )
         self._max_grad_norm = max_grad_norm
         self._end_identity()
+        self._begin_state_dtype(state_dtype)
         if isinstance(constraints, Mapping):
             self._declare(constraints.items())
         elif constraints is not None:
@@ -203,7 +223,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
                 self._require_whole_steps(rows)
                 self._step_by_torch()
             return
-        step = HostStep(self, self._max_grad_norm, self._chosen_rows(rows))
+        step = HostStep(self, self._max_grad_norm, self._chosen_rows(rows), self._rounding)
         try:
             step.run()
         finally:
@@ -275,10 +295,21 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
                 "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable, "
                 "nor under a subclass's own _init_group; call clip_(...) after step()"
             )
+        self._require_plain_precision()
         # All groups before the first write: torch refuses gradients and options here.
         gathered = [gather(self, group, group["params"]) for group in self.param_groups]
         for group, lists in zip(self.param_groups, gathered, strict=True):
             adam_step(self, group, lists)
+
+    @_disable_dynamo
+    def _require_plain_precision(self) -> None:
+        if self._rounding[0] == "nearest" and not self._is_retyped:
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                entry = self._table.of(param)
+                if entry is not None and param.grad is not None:
+                    require_plain(self, param, self._rounding[0], repr(self._table.name(entry)))
 
     def materialize_state(self) -> None:
         """Create the state of every parameter that requires a gradient and has none, without taking a step.
@@ -295,11 +326,13 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.requires_grad and not self.state.get(param):
-                    self.state[param].update(initial_state(param, group))
+                    compensated = is_compensated(param, self._rounding[0])
+                    self.state[param].update(initial_state(param, group, self._kept_as(param), compensated=compensated))
                     self._state_begins(param)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_max_grad_norm": self._max_grad_norm}
+        own = {"_max_grad_norm": self._max_grad_norm, "_rounding": self._rounding}
+        return {**super().__getstate__(), **own}
 
 
 def _is_captured(group: dict[str, Any]) -> bool:
@@ -344,6 +377,9 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
         constraints: Constraints | None = None,
         on_replace: OnReplace = "keep",
+        state_dtype: StateDType | Mapping[Any, StateDType] | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         Adam.__init__(
             self,
@@ -364,7 +400,18 @@ class AdamW(Adam, torch.optim.AdamW):
             max_grad_norm=max_grad_norm,
             constraints=constraints,
             on_replace=on_replace,
+            state_dtype=state_dtype,
+            rounding=rounding,
+            rounding_seed=rounding_seed,
         )
+
+
+def _rounding(rounding: Rounding, seed: int) -> tuple[Rounding, int]:
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be one of {listed(get_args(Rounding))}, got {rounding!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"rounding_seed must be an integer from 0 to 2**64 - 1, got {seed!r}")
+    return rounding, seed
 
 
 def _is_traced() -> bool:

@@ -27,7 +27,16 @@ BOTH = pytest.mark.parametrize(
 OURS = pytest.mark.parametrize("ours", [paramstate.Adam, paramstate.AdamW])
 HYPERPARAMETERS = ["lr", "betas", "eps", "weight_decay", "amsgrad"]
 FLAGS = ["maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"]
-EXTRAS = {"model", "store", "max_grad_norm", "constraints", "on_replace"}
+EXTRAS = {
+    "model",
+    "store",
+    "max_grad_norm",
+    "constraints",
+    "on_replace",
+    "state_dtype",
+    "rounding",
+    "rounding_seed",
+}
 
 
 def params() -> list[nn.Parameter]:
@@ -43,6 +52,9 @@ def with_every_extra(ours: type[paramstate.Adam]) -> paramstate.Adam:
         max_grad_norm=1.0,
         constraints=paramstate.Box(-1.0, 1.0),
         on_replace="reset",
+        state_dtype="8bit",
+        rounding="stochastic",
+        rounding_seed=7,
     )
 
 
@@ -230,6 +242,9 @@ def test_a_constructor_that_raised_leaves_nothing_behind(ours: type[paramstate.A
         ({"max_grad_norm": -1.0}, ValueError, "Invalid max_grad_norm value: -1.0"),
         ({"max_grad_norm": float("nan")}, ValueError, "Invalid max_grad_norm value: nan"),
         ({"on_replace": "forget"}, ValueError, "on_replace"),
+        ({"state_dtype": torch.int8}, ValueError, "state_dtype must be torch.float32.*got torch.int8"),
+        ({"rounding": "up"}, ValueError, "rounding must be one of 'nearest', 'stochastic', 'kahan', got 'up'"),
+        ({"rounding_seed": -1}, ValueError, "rounding_seed must be an integer from 0 .*got -1"),
         ({"constraints": {"absent": paramstate.Box(0.0, 1.0)}}, paramstate.UnknownParameterError, "absent"),
     ]
 )
@@ -237,7 +252,7 @@ def test_a_constructor_that_raised_leaves_nothing_behind(ours: type[paramstate.A
 def test_wrong_options_of_our_own_are_named(
     ours: type[paramstate.Adam], options: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
-    """A wrong `max_grad_norm`, `on_replace` or name of a constraint raises and says the value."""
+    """A wrong value of an option of our own, or a wrong name of a constraint, raises and says it."""
     with pytest.raises(kind, match=text):
         ours(nn.Linear(2, 2), **options)
 

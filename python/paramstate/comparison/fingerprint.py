@@ -44,6 +44,6 @@ def order_along(x: Tensor, y: Tensor, dim: int) -> Tensor | None:
 
 
 def _slice_hashes(tensor: Tensor, dim: int) -> Tensor:
-    hashes = element_hashes(tensor, tensor.dtype).movedim(dim, 0).flatten(1)
+    hashes = element_hashes(tensor, tensor.dtype).movedim(dim, 0).unsqueeze(-1).flatten(1)  # a vector's too
     places = (torch.arange(hashes.shape[1], device=hashes.device) + 1) * _MULTIPLIER
     return (hashes * (places | 1)).sum(1)

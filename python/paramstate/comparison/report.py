@@ -168,32 +168,82 @@ class DiffReport:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs beyond the rounding of the coarser dtype, and nothing moved."""
+        """Whether nothing differs beyond the rounding of the coarser dtype, and nothing moved.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> report = diff({"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.ones(2), "b": torch.zeros(2)})
+            >>> report.equal
+            False
+        """
         return all(row.kind == "equal" for row in self.rows)
 
     @property
     def identical(self) -> bool:
-        """Whether every pair is equal bit for bit and nothing moved."""
+        """Whether every pair is equal bit for bit and nothing moved.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> third = torch.tensor([1 / 3])
+            >>> report = diff({"w": third}, {"w": third.bfloat16()})
+            >>> report.equal, report.identical
+            (True, False)
+        """
         return all(row.kind == "equal" and row.exact for row in self.rows)
 
     @property
     def by_kind(self) -> dict[Kind, list[Row]]:
-        """The rows of each kind, the mildest first; kinds that did not occur are left out."""
+        """The rows of each kind, the mildest first; kinds that did not occur are left out.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> report = diff({"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.ones(2), "b": torch.zeros(2)})
+            >>> {kind: [row.a for row in rows] for kind, rows in report.by_kind.items()}
+            {'equal': ['w'], 'changed': ['b']}
+        """
         grouped = {kind: [row for row in self.rows if row.kind == kind] for kind in KINDS}
         return {kind: rows for kind, rows in grouped.items() if rows}
 
     @property
     def summary(self) -> str:
-        """How many there are of each kind."""
+        """How many there are of each kind.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> report = diff({"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.ones(2), "b": torch.zeros(2)})
+            >>> report.summary
+            '1 equal, 1 changed'
+        """
         counts = Counter(row.kind for row in self.rows)
         return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]) or "nothing to compare"
 
     def of(self, name: str) -> list[Row]:
-        """The rows in which a parameter occurs, under its name on either side."""
+        """The rows in which a parameter occurs, under its name on either side.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> report = diff({"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.ones(2), "b": torch.zeros(2)})
+            >>> [(row.kind, row.max_abs) for row in report.of("b")]
+            [('changed', 1.0)]
+        """
         return [row for row in self.rows if name in (row.a, row.b)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain numbers and text, for JSON."""
+        """The same as plain numbers and text, for JSON.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import diff
+            >>> report = diff({"w": torch.ones(2), "b": torch.ones(2)}, {"w": torch.ones(2), "b": torch.zeros(2)})
+            >>> import json
+            >>> json.loads(json.dumps(report.as_dict()))["rows"][1]["kind"]
+            'changed'
+        """
         outputs = [{name: _plain(getattr(row, name)) for name in row.__dataclass_fields__} for row in self.outputs]
         return {"equal": self.equal, "rows": [row.as_dict() for row in self.rows], "outputs": outputs}
 

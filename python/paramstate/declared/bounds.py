@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paramstate.errors import ConstraintError
+from paramstate.errors import ConstraintError, UnsupportedError
 
 Bound = float | Tensor | None
 
@@ -56,6 +56,19 @@ def _as_tensor(called: object, label: str, bound: float | Tensor) -> Tensor:
         got = type(bound).__name__ if tensor is None else "a complex one"
         raise ConstraintError(f"{called}: {label} must be a real number or a tensor of such, got {got}")
     return tensor
+
+
+def require_values(called: object, param: Tensor) -> None:
+    """Check that a parameter has values.
+
+    Raises:
+        UnsupportedError: it is on the meta device, where tensors have a shape and no memory.
+    """
+    if param.is_meta:
+        raise UnsupportedError(
+            f"{called} is on the meta device and has no values yet; materialize the model first (model.to_empty(...) "
+            "and its initialization, or a load)"
+        )
 
 
 def require_ordered(called: object, low: Tensor, high: Tensor) -> None:

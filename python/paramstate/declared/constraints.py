@@ -20,7 +20,7 @@ from paramstate.errors import ConstraintError
 from .bounds import Bound, broadcast_bound, require_ordered
 from .row_moves import FRESH, moved
 
-TensorMap = Callable[[Tensor], Tensor]
+FunctionOfValues = Callable[[Tensor], Tensor]
 
 
 class Constraint(ABC):
@@ -35,8 +35,25 @@ class Constraint(ABC):
 
     @property
     def norm(self) -> tuple[str, float, list[int] | None] | None:
-        """What the step holds after its update: ``"at_most"`` or ``"exactly"``, the norm, the dimensions."""
+        """What the step holds after its update: ``"at_most"`` or ``"exactly"``, the norm, the dimensions.
+
+        Example:
+            >>> from paramstate import Box, MaxNorm
+            >>> MaxNorm(2.0, dim=1).norm, Box(0.0, 1.0).norm
+            (('at_most', 2.0, [1]), None)
+        """
         return None
+
+    @property
+    def is_held_by_the_step(self) -> bool:
+        """Whether the compiled step knows it; what it does not know is projected right after.
+
+        Example:
+            >>> from paramstate import Box, Projection, UnitNorm
+            >>> [kind.is_held_by_the_step for kind in (Box(0.0, 1.0), UnitNorm(), Projection(torch.tril))]
+            [True, True, False]
+        """
+        return self.norm is not None
 
     @abstractmethod
     def require_fits(self, param: Tensor, called: str) -> None:
@@ -44,27 +61,60 @@ class Constraint(ABC):
 
         Raises:
             ConstraintError: it cannot; the message begins with ``called``.
+
+        Example:
+            >>> from paramstate import MaxNorm
+            >>> MaxNorm(1.0, dim=1).require_fits(torch.zeros(3), "parameter 'bias'")
+            Traceback (most recent call last):
+                ...
+            paramstate.errors.ConstraintError: parameter 'bias' has shape [3], the norm is to be taken over dim 1
         """
 
     @abstractmethod
     def project_(self, param: Tensor, called: str) -> None:
-        """Bring values to what the constraint asks for, in place."""
+        """Bring values to what the constraint asks for, in place.
+
+        Example:
+            >>> from paramstate import MaxNorm
+            >>> values = torch.tensor([3.0, 4.0])
+            >>> MaxNorm(1.0).project_(values, "values")
+            >>> values
+            tensor([0.6000, 0.8000])
+        """
 
     @abstractmethod
     def holds(self, param: Tensor) -> bool:
-        """Whether projecting would change nothing."""
+        """Whether projecting would change nothing.
+
+        Example:
+            >>> from paramstate import UnitNorm
+            >>> UnitNorm().holds(torch.tensor([0.6, 0.8])), UnitNorm().holds(torch.tensor([3.0, 4.0]))
+            (True, False)
+        """
 
     def with_rows(self, dim: int, ndim: int, sources: Tensor, called: str) -> Constraint:  # noqa: ARG002  for those that hold tensors
         """The same constraint for rows from ``sources`` along ``dim``, of a parameter of ``ndim`` dimensions.
 
         Raises:
             ConstraintError: it says something else of each row, and a row is new.
+
+        Example:
+            >>> from paramstate import Box
+            >>> low = Box(min=torch.tensor([0.0, 1.0, 2.0]))  # of a parameter of shape (3,)
+            >>> low.with_rows(0, 1, torch.tensor([2, 0]), "parameter 'bias'").min
+            tensor([2., 0.])
         """
         return self
 
     @abstractmethod
     def as_data(self) -> dict[str, Any]:
-        """The constraint as plain data for a state dict; :func:`from_data` reads it."""
+        """The constraint as plain data for a state dict; :func:`from_data` reads it.
+
+        Example:
+            >>> from paramstate import MaxNorm
+            >>> MaxNorm(2.0, dim=1).as_data()
+            {'kind': 'max_norm', 'max': 2.0, 'dim': 1}
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,19 +177,39 @@ class Box(Constraint):
         return hash((Box, self.zero_exp_avg))
 
     @property
+    def is_held_by_the_step(self) -> bool:
+        """See :attr:`Constraint.is_held_by_the_step`: elements are clamped as they are written."""
+        return True
+
+    @property
     def scalars(self) -> tuple[float | None, float | None] | None:
-        """Both bounds as numbers; ``None`` where one of them is a tensor."""
+        """Both bounds as numbers; ``None`` where one of them is a tensor.
+
+        Example:
+            >>> Box(min=0.0).scalars, Box(torch.zeros(2), 1.0).scalars
+            ((0.0, None), None)
+        """
         low, high = self.min, self.max
         return None if isinstance(low, Tensor) or isinstance(high, Tensor) else (low, high)
 
     @property
     def low(self) -> float | Tensor:
-        """The lower bound, infinite where there is none."""
+        """The lower bound, infinite where there is none.
+
+        Example:
+            >>> Box(max=1.0).low
+            -inf
+        """
         return -math.inf if self.min is None else self.min
 
     @property
     def high(self) -> float | Tensor:
-        """The upper bound, infinite where there is none."""
+        """The upper bound, infinite where there is none.
+
+        Example:
+            >>> Box(max=1.0).high
+            1.0
+        """
         return math.inf if self.max is None else self.max
 
     def require_fits(self, param: Tensor, called: str) -> None:
@@ -150,7 +220,12 @@ class Box(Constraint):
             require_ordered(called, low, high)
 
     def bounds_for(self, param: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Both bounds as tensors of the parameter's dtype and device."""
+        """Both bounds as tensors of the parameter's dtype and device.
+
+        Example:
+            >>> Box(0, 0.1).bounds_for(torch.zeros(2, dtype=torch.bfloat16))  # 0.1, rounded to bfloat16
+            (tensor(0., dtype=torch.bfloat16), tensor(0.1001, dtype=torch.bfloat16))
+        """
         return broadcast_bound(param, "", "min", self.min), broadcast_bound(param, "", "max", self.max)
 
     def project_(self, param: Tensor, called: str) -> None:  # noqa: ARG002
@@ -163,7 +238,12 @@ class Box(Constraint):
         return not bool(((clamped != param) & ~param.isnan()).any())
 
     def at_bound(self, param: Tensor) -> Tensor:
-        """Where values are at a bound: a mask of the parameter's shape."""
+        """Where values are at a bound: a mask of the parameter's shape.
+
+        Example:
+            >>> Box(0.0, 1.0).at_bound(torch.tensor([0.0, 0.5, 1.0]))
+            tensor([ True, False,  True])
+        """
         low, high = self.bounds_for(param)
         mask = torch.zeros_like(param, dtype=torch.bool)
         for bound in (low, high):
@@ -181,11 +261,18 @@ class Box(Constraint):
         return {"kind": "box", "min": self.min, "max": self.max, "zero_exp_avg": self.zero_exp_avg}
 
 
+AnyConstraint = Constraint | FunctionOfValues
+"""What may be given as a constraint: a function becomes a :class:`Projection`."""
+
+
 def NonNegative(*, zero_exp_avg: bool = False) -> Box:  # noqa: N802  a constraint reads as a noun, as Box does
     """Every element stays at or above zero.
 
     Args:
         zero_exp_avg: as in :class:`Box`.
+
+    Returns:
+        Box: from 0, without an upper bound.
 
     Example:
         >>> NonNegative()

@@ -19,7 +19,8 @@ from .constraints import Constraint
 class MaxNorm(Constraint):
     """Euclidean norms stay at or below a maximum; what is longer is scaled down to it, directly after the step.
 
-    For the units of a layer: Hinton et al. 2012, arXiv:1207.0580, appendix A.1.
+    For the units of a layer: Hinton et al. 2012, arXiv:1207.0580, appendix A.1. A norm over frozen and free rows scales
+    the free ones only, and so may stay above its maximum.
 
     Args:
         max: the greatest norm allowed, at least 0.
@@ -71,6 +72,8 @@ class MaxNorm(Constraint):
 @dataclass(frozen=True, slots=True)
 class UnitNorm(Constraint):
     """Euclidean norms stay 1: values are divided by their norm, directly after the step. A norm of 0 is left alone.
+
+    A norm over frozen and free rows scales the free ones only, and so may not be 1.
 
     Args:
         dim: over which dimensions the norms are taken, as in :class:`MaxNorm`.

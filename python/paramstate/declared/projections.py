@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramstate.errors import ConstraintError, UnsupportedError
 
-from .constraints import Box, Constraint, TensorMap
+from .constraints import Box, Constraint, FunctionOfValues
 from .norm_constraints import MaxNorm, UnitNorm
 
 
@@ -30,7 +30,7 @@ class Projection(Constraint):
         False
     """
 
-    function: TensorMap
+    function: FunctionOfValues
 
     def require_fits(self, param: Tensor, called: str) -> None:
         """See :meth:`Constraint.require_fits`: the function is called once to see."""
@@ -46,7 +46,14 @@ class Projection(Constraint):
         return not bool(((projected != param) & ~(projected.isnan() & param.isnan())).any())
 
     def as_data(self) -> dict[str, Any]:
-        """Only that there was one: a function is not saved."""
+        """Only that there was one: a function is not saved.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Projection
+            >>> Projection(torch.nn.functional.relu).as_data()
+            {'kind': 'projection', 'function': 'relu'}
+        """
         return {"kind": "projection", "function": getattr(self.function, "__qualname__", type(self.function).__name__)}
 
     def _projected(self, param: Tensor, called: str) -> Tensor:
@@ -58,9 +65,6 @@ class Projection(Constraint):
                 f"{called}: the function must return a tensor of shape {list(param.shape)}, got {got}"
             )
         return values.to(param)
-
-
-AnyConstraint = Constraint | TensorMap
 
 
 def as_constraint(declared: object) -> Constraint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,11 +24,15 @@ class Item(Protocol):
         """Its canonical name."""
         ...
 
-    def held(self) -> Tensor:
-        """The tensor that stands there now."""
+    def held(self) -> Tensor | None:
+        """The tensor that stands there now; ``None`` where none does."""
         ...
 
-    def put(self, tensor: Tensor) -> None:
+    def is_held(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` stands there now."""
+        ...
+
+    def put(self, tensor: Tensor | None) -> None:
         """Let ``tensor`` stand there."""
         ...
 
@@ -39,31 +44,37 @@ class SlotItem:
     name: str
     slots: tuple[tuple[nn.Module, str], ...]
 
-    def held(self) -> Tensor:
+    def held(self) -> Tensor | None:
         """See :meth:`Item.held`."""
         module, attribute = self.slots[0]
-        held = module._parameters.get(attribute)
-        tensor = module._buffers.get(attribute) if held is None else held
-        if tensor is None:
-            raise EditError(
-                f"{self.name!r} left the model while it was edited: a session restores values and objects, not slots "
-                "that were removed; put a parameter there first"
-            )
-        return tensor
+        for registered in (module._parameters, module._buffers):
+            if attribute in registered:
+                return registered[attribute]
+        raise EditError(
+            f"{self.name!r} left the model while it was edited: a session restores values and objects, not slots "
+            "that were removed; put a parameter there first"
+        )
 
-    def put(self, tensor: Tensor) -> None:
+    def is_held(self, tensor: Tensor) -> bool:
+        """See :meth:`Item.is_held`."""
+        return any(module._parameters.get(attribute) is tensor for module, attribute in self.slots)
+
+    def put(self, tensor: Tensor | None) -> None:
         """See :meth:`Item.put`."""
+        trains = tensor is not None and tensor.requires_grad
         for module, attribute in self.slots:
-            if getattr(module, attribute, None) is not tensor:
+            if getattr(module, attribute, ...) is not tensor:
                 setattr(module, attribute, tensor)
+        if tensor is not None and tensor.requires_grad != trains:
+            tensor.requires_grad_(trains)  # an optimizer that froze it meanwhile saw it come
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
     """One item as it was."""
 
-    tensor: Tensor
-    """The object; its values may be others by now."""
+    tensor: Tensor | None
+    """The object, whose values may be others by now; ``None`` where none stood there."""
     bits: Tensor
     """A copy of its values."""
     requires_grad: bool
@@ -71,21 +82,27 @@ class Captured:
     """The writes of others until then."""
 
     @classmethod
-    def of(cls, tensor: Tensor, device: torch.device | str | None) -> Captured:
+    def of(cls, tensor: Tensor | None, device: torch.device | str | None) -> Captured:
         """A tensor as it is, with the copy on ``device``, by default the tensor's own."""
+        if tensor is None:
+            return cls(None, torch.empty(0), requires_grad=False, writes={})
         copy = tensor.detach().clone() if device is None else tensor.detach().to(device, copy=True)
         return cls(tensor, copy, tensor.requires_grad, write_counts(tensor))
 
-    def is_still(self, tensor: Tensor) -> bool:
+    def is_still(self, tensor: Tensor | None) -> bool:
         """Whether ``tensor`` is the same object with the same bits."""
+        if tensor is None or self.tensor is None:
+            return tensor is self.tensor
         return (
             tensor is self.tensor
             and tensor.requires_grad == self.requires_grad
             and same_bits(tensor.detach().to(self.bits.device), self.bits)
         )
 
-    def restored(self) -> Tensor:
+    def restored(self) -> Tensor | None:
         """The object, with the values that it had."""
+        if self.tensor is None:
+            return None
         if not same_bits(self.tensor.detach().to(self.bits.device), self.bits):
             if self.tensor.shape != self.bits.shape or self.tensor.dtype != self.bits.dtype:
                 self.tensor.data = self.bits.to(self.tensor.device, copy=True)
@@ -124,31 +141,43 @@ def items_of(model: nn.Module, params: Iterable[Tensor]) -> list[Item]:
         if place.param in wanted:
             slots.setdefault(place.param, []).append(place)
     tied = [SlotItem(held[0].path, tuple((place.module, place.attribute) for place in held)) for held in slots.values()]
-    return [*tied, *buffer_items([tree], wanted)]
+    return [*tied, *buffer_items([(tree, "")], wanted, [item.name for item in tied])]
 
 
-def buffer_items(trees: Iterable[Tree], params: Container[Tensor]) -> list[SlotItem]:
-    """The buffers that belong to parameters, under their canonical names.
+def buffer_items(
+    models: Iterable[tuple[Tree, str]], params: Container[Tensor], taken: Iterable[str] = ()
+) -> list[SlotItem]:
+    """The buffers that belong to parameters, under their canonical names; also those that are ``None``.
 
     They are those of the modules that hold one of the parameters, and all those below a module of which every parameter
     is given: a module of rotary embeddings has no parameter of its own.
 
     Args:
-        trees: walks over the models.
+        models: a walk over each model, and the label that qualifies the names that it shares with another.
         params: the parameters.
+        taken: the names of these.
     """
-    found: dict[nn.Module, str] = {}
-    for tree in trees:
+    found: dict[nn.Module, tuple[str, str]] = {}
+    for tree, label in models:
         whole: set[nn.Module] = set()
         for parent, _, module, prefix in [Link(tree.root, "", tree.root, tree.prefix), *tree.links]:
             every = list(module.parameters())
             if parent in whole or (every and all(param in params for param in every)):
                 whole.add(module)
             if module in whole or any(param in params for param in module._parameters.values() if param is not None):
-                found.setdefault(module, prefix)
-    return [
-        SlotItem(prefix + key, ((module, key),))
-        for module, prefix in found.items()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+                found.setdefault(module, (prefix, label))
+    slots = [(prefix, label, module, key) for module, (prefix, label) in found.items() for key in module._buffers]
+    sharing = Counter([*taken, *(prefix + key for prefix, _, _, key in slots)])
+    items: dict[str, SlotItem] = {}
+    for prefix, label, module, key in slots:
+        name = prefix + key
+        own = name if sharing[name] == 1 else _unused(f"{label}:{name}", items)
+        items[own] = SlotItem(own, ((module, key),))
+    return list(items.values())
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    candidate, count = name, 2
+    while candidate in taken:
+        candidate, count = f"{name}#{count}", count + 1
+    return candidate

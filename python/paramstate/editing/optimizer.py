@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from paramstate.declared.rows import Rows
 from paramstate.errors import listed
 from paramstate.identity.membership import Membership, Which
 from paramstate.identity.table import TRAITS, Entry
+from paramstate.identity.wrappers import Tree
 
-from .captures import Item, buffer_items
-from .session import EditSession
+if TYPE_CHECKING:
+    from .captures import Item
+    from .session import EditSession
 
 StatePolicy = Literal["keep", "snapshot", "reset"]
 
@@ -56,6 +58,8 @@ class OptimizerEditing(Membership):
             >>> bool(model.weight.any()), float(opt.state_of("weight")["step"])
             (True, 1.0)
         """
+        from .session import EditSession
+
         if state not in get_args(StatePolicy):
             raise ValueError(f"state must be one of {listed(get_args(StatePolicy))}, got {state!r}")
         self._sync()
@@ -68,9 +72,17 @@ class OptimizerEditing(Membership):
         return session
 
     def _items(self, entries: Iterable[Entry]) -> list[Item]:
-        entries = list(entries)
+        from .captures import buffer_items
+
         items = [_EntryItem(self._table.name(entry), self, entry) for entry in entries]
-        return [*items, *buffer_items(self._slots.trees(), {entry.param for entry in entries})]
+        models = [(tree, self._label_of(tree)) for tree in self._slots.trees()]
+        params = {item.entry.param for item in items}
+        return [*items, *buffer_items(models, params, [item.name for item in items])]
+
+    def _label_of(self, tree: Tree) -> str:
+        """What qualifies the names of a model where another one shares them: the label of its first parameter."""
+        entries = (self._table.of(place.param) for place in tree.places)
+        return next((entry.label for entry in entries if entry is not None), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +93,21 @@ class _EntryItem:
     optimizer: Membership
     entry: Entry
 
-    def held(self) -> Tensor:
-        return self.entry.param
+    def held(self) -> Tensor | None:
+        """The parameter, or ``None`` once it left the optimizer."""
+        return self.entry.param if self.optimizer._has(self.entry) else None
 
-    def put(self, tensor: Tensor) -> None:
-        held, trains = self.entry.param, tensor.requires_grad
-        if held is tensor:
+    def is_held(self, tensor: Tensor) -> bool:
+        return self.entry.param is tensor
+
+    def put(self, tensor: Tensor | None) -> None:
+        held = self.held()
+        if held is None or tensor is None:
             return
+        if held is tensor:
+            self._fill_slots(tensor)
+            return
+        trains = tensor.requires_grad
         if not self.entry.slots:
             # Where nothing tells which slots hold it, another object there would be trained by nobody.
             held.data = tensor.data.clone()
@@ -95,6 +115,15 @@ class _EntryItem:
             self.optimizer._exchange(self.entry, tensor)
             self.optimizer._put_into_slots(self.entry, tensor, held)
         self.entry.param.requires_grad_(trains)  # also where it was frozen meanwhile
+        if not self.optimizer._state_fits(self.entry):
+            self.optimizer._forget_state(self.entry)  # that of a value of another shape, which took this one's place
+
+    def _fill_slots(self, tensor: Tensor) -> None:
+        """Put it back where the slot holds something else that the optimizer was not shown, or nothing."""
+        for slot in self.entry.slots:
+            module = slot.module()
+            if module is not None and module._parameters.get(slot.attribute, tensor) is not tensor:
+                setattr(module, slot.attribute, tensor)
 
 
 Taken = dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]
@@ -120,8 +149,8 @@ class _StateOf:
 
     def give(self, taken: Taken, names: Iterable[str]) -> None:
         for name in names:
-            if name not in taken:
-                continue  # a buffer
+            if name not in taken or not self._optimizer._has(self._entries[name]):
+                continue  # a buffer, or it left the optimizer
             entry, (held, traits) = self._entries[name], taken[name]
             self._optimizer.state.pop(entry.param, None)
             if held is not None:
@@ -129,6 +158,7 @@ class _StateOf:
             for trait, value in traits.items():
                 setattr(entry, trait, _copied(value))
             self._optimizer._traits_changed(entry)
+        self._optimizer._roster = []  # the walk is told of dtypes when parameters are enrolled
 
 
 def _copied(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,7 @@ class Change:
     requires_grad: bool
     """``requires_grad`` is another."""
     max_change: float | None
-    """The greatest change of a value; ``None`` where shape or dtype differ."""
+    """The greatest change of a value; ``None`` where shape or dtype differ, or there was or is no tensor."""
 
 
 class Companion(Protocol):
@@ -59,7 +59,9 @@ class _Step:
     companion: Any
 
 
-_open_sessions: weakref.WeakKeyDictionary[Any, list[EditSession]] = weakref.WeakKeyDictionary()
+_open_sessions: weakref.WeakKeyDictionary[Any, list[weakref.ref[EditSession]]] = weakref.WeakKeyDictionary()
+"""The sessions of each owner that are open, the innermost last. One that nobody holds any more is over: it keeps no
+model alive and stands in nobody's way, and its edit stays."""
 
 
 class EditSession:
@@ -69,7 +71,8 @@ class EditSession:
     Leaving the ``with`` block, also by an exception, restores the original bit for bit, unless :meth:`commit` kept the
     edit. A session that is not used as a context manager ends with :meth:`close`.
 
-    Sessions may be nested, the inner one closed first: its original is what the outer one's edit had made.
+    Sessions may be nested, the inner one closed first: its original is what the outer one's edit had made. The end of
+    a ``with`` block closes what was opened inside it and is still open.
 
     Args:
         owner: the model or the optimizer; sessions of one owner are a stack.
@@ -120,15 +123,16 @@ class EditSession:
         self._position = 0
         self._record: list[Change] | None = None
         self._committed: list[Change] = []
+        self._reference = weakref.ref(self)
         self._stack = _open_sessions.setdefault(owner, [])
-        self._stack.append(self)
+        self._stack[:] = [*(other for other in self._stack if other() is not None), self._reference]
 
     # ---- what one holds -------------------------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
         """Whether the original is still at hand."""
-        return self in self._stack
+        return self._reference in self._stack
 
     @property
     def is_edited(self) -> bool:
@@ -142,11 +146,13 @@ class EditSession:
 
     def base(self) -> dict[str, Tensor]:
         """The original values by name: copies, not the model's tensors."""
-        return {name: captured.bits for name, captured in self._history[0].values.items()}
+        base = self._history[0].values
+        return {name: captured.bits for name, captured in base.items() if captured.tensor is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the model holds now, by name: the model's tensors."""
-        return {item.name: item.held() for item in self._items}
+        held = ((item.name, item.held()) for item in self._items)
+        return {name: tensor for name, tensor in held if tensor is not None}
 
     def changes(self) -> list[Change]:
         """What differs from the original; once the session is closed, what its edit had changed."""
@@ -167,7 +173,7 @@ class EditSession:
     def mark(self, label: str = "edit") -> None:
         """Remember what the model holds now as one step of the history; steps that were undone are forgotten.
 
-        Without a change since the last step nothing is remembered.
+        Without a change since the last step, of state neither where the session carries it, nothing is remembered.
         """
         self._require_innermost()
         last = self._history[self._position]
@@ -248,8 +254,9 @@ class EditSession:
         record = self.changes() or self._committed
         self._go_to(0)
         self._record = record
-        del self._history[1:]
-        self._stack.remove(self)
+        self._history = [replace(self._history[0], companion=None)]
+        self._companion = None
+        self._stack.remove(self._reference)
 
     def __enter__(self) -> EditSession:
         return self
@@ -257,6 +264,9 @@ class EditSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.is_open:
+            for inner in self._inside():  # its original is a part of this one's edit
+                inner.close()
         self.close()
 
     def _go_to(self, position: int) -> None:
@@ -270,14 +280,47 @@ class EditSession:
             item.put(step.values[item.name].restored())
         if self._companion is not None:
             self._companion.give(step.companion, wanted)
-        for name in wanted:
-            put_back(step.values[name].tensor, step.values[name].writes)
+        for captured in (step.values[name] for name in wanted):
+            if captured.tensor is not None:
+                put_back(captured.tensor, captured.writes)
 
     def _require_innermost(self) -> None:
         if not self.is_open:
             raise EditError("this edit is closed; open another with edit(...)")
-        if self._stack[-1] is not self:
+        if self._inside():
             raise EditError("an edit inside this one is still open; close it first")
+
+    def _inside(self) -> list[EditSession]:
+        """The sessions that were opened after this one and are still open, the innermost first."""
+        living = [session for reference in reversed(self._stack) if (session := reference()) is not None]
+        return living[: living.index(self)]
+
+    def _holds(self, tensor: Tensor) -> bool:
+        return any(item.is_held(tensor) for item in self._items)
+
+
+def sessions_on(tensor: Tensor) -> list[tuple[object, EditSession]]:
+    """The open sessions that hold a parameter, each with its owner: its value will come back when they end."""
+    opened = [(owner, reference()) for owner, references in list(_open_sessions.items()) for reference in references]
+    return [(owner, session) for owner, session in opened if session is not None and session._holds(tensor)]
+
+
+def require_state_comes_back(optimizer: object, tensor: Tensor, called: str) -> None:
+    """Refuse to move a parameter's value and state together where an open session would bring back the value alone.
+
+    Args:
+        optimizer: whose state it is.
+        tensor: the parameter.
+        called: how the message names it.
+
+    Raises:
+        EditError: there is such a session.
+    """
+    if any(owner is not optimizer or session._companion is None for owner, session in sessions_on(tensor)):
+        raise EditError(
+            f"{called} is in an open edit that leaves its state alone: the value would come back, and the state would "
+            "not follow it; open that edit with opt.edit(..., state='snapshot'), or close it first"
+        )
 
 
 def edit(model: nn.Module, *what: Selectable, device: torch.device | str | None = None) -> EditSession:
@@ -317,7 +360,9 @@ def edit(model: nn.Module, *what: Selectable, device: torch.device | str | None 
     return EditSession(model, items_of(model, select(model, *what)), device)
 
 
-def _change(name: str, before: Captured, now: Tensor) -> Change:
+def _change(name: str, before: Captured, now: Tensor | None) -> Change:
+    if now is None or before.tensor is None:
+        return Change(name, replaced=True, requires_grad=False, max_change=None)
     alike = now.shape == before.bits.shape and now.dtype == before.bits.dtype
     return Change(
         name,

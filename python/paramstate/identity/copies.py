@@ -6,16 +6,22 @@ Modules are held weakly and never pickled: an optimizer must pickle where the mo
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
 import weakref
-from typing import Any
+from typing import Any, SupportsIndex
 
 from paramstate import _core
+from paramstate.declared.constraints import Constraint
+from paramstate.errors import UnsupportedError
 
 from .following import Following
 from .hooks import listen
 from .selected_groups import portable
 from .table import TRAITS
 
+_OTHER_PICKLERS = frozenset({"cloudpickle", "dill"})
+"""Those that pickle any function."""
 _LENT = ("grad_scale", "found_inf")
 """What a gradient scaler puts on an optimizer for the time of one step."""
 
@@ -27,6 +33,8 @@ class Copying(Following):
         self._sync()
         identity = {
             "on_replace": self._on_replace,
+            "state_dtype": self._state_dtype,
+            "is_retyped": self._is_retyped,
             "entries": [
                 (entry.id, entry.param, entry.label, self._table.names(entry), {k: getattr(entry, k) for k in TRAITS})
                 for entry in self._table
@@ -50,6 +58,8 @@ class Copying(Following):
             state = {key: value for key, value in state.items() if key != "_identity"}
             self._make_tables(_core.Store())
             self._on_replace = identity["on_replace"]
+            self._is_retyped = identity["is_retyped"]
+            self._keep_all_as(identity["state_dtype"])
             for id, param, label, names, traits in identity["entries"]:
                 entry = self._table.add(param, names, label, id)
                 for trait, value in traits.items():
@@ -62,6 +72,19 @@ class Copying(Following):
         super().__setstate__(state)
         listen(self)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        self._sync()
+        # Another pickler, which takes any function, may be the one at work where one is imported.
+        if _OTHER_PICKLERS.isdisjoint(sys.modules):
+            for entry in self._table:
+                _require_pickles(entry.constraint, self._table.called(entry))
+        return super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> Copying:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__(self.__getstate__())
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Copying:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
@@ -70,3 +93,18 @@ class Copying(Following):
         twin._selected = list(self._selected)
         twin._copied_from = (memo, [weakref.ref(model) for model in self._slots.models])
         return twin
+
+
+def _require_pickles(constraint: Constraint | None, called: str) -> None:
+    """Name the parameter whose constraint is a function that pickle cannot find again.
+
+    Raises:
+        UnsupportedError: it is a lambda, or defined inside another function.
+    """
+    try:
+        pickle.dumps(constraint)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UnsupportedError(
+            f"{called}: its constraint cannot be pickled ({error}); declare a function that is defined at the top of a "
+            "module, in place of a lambda or of one inside another function"
+        ) from error

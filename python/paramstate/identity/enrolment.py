@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from paramstate.declared.constraints import Box
+from paramstate.declared.rows import Rows
 
 from .succession import Succession, declared_of
 from .table import TRAITS, Entry
@@ -47,7 +48,8 @@ class Enrolment(Succession):
         for position in range(len(groups)):
             self._admit(position, places)
         ids = [[self._table.find(param).id for param in group] for group in groups]
-        self._walk.enroll(groups, ids)
+        kinds = [self._kept_as(param) for group in groups for param in group]
+        self._walk.enroll(groups, ids, kinds if any(kinds) else None)
         self._roster = groups
         self._index = None
         self._watched = False
@@ -116,8 +118,9 @@ class Enrolment(Succession):
         return entry
 
     def _forget(self, entry: Entry) -> None:
-        """Drop a parameter from all tables."""
+        """Drop a parameter from all tables, and what was declared for it."""
         self._slots.release(entry)
+        declared_of(self._table.store).pop(entry.id, None)
         self._walk.declare(entry.id)
         self._table.forget(entry)
 
@@ -134,9 +137,11 @@ class Enrolment(Succession):
         if low is not None or high is not None:
             entry.constraint = Box(low, high)
         for trait, value in declared_of(self._table.store).get(entry.id, {}).items():
-            setattr(entry, trait, value)
+            # Steps change rows in place, and the optimizer that the store comes from keeps those that it has.
+            setattr(entry, trait, value.copied() if isinstance(value, Rows) else value)
         if entry.frozen and entry.trained is not None:
             entry.param.requires_grad_(False)
+        self._is_retyped = self._is_retyped or entry.state_dtype is not None
         self._traits_changed(entry)
 
     def _orphans(self) -> list[Tensor]:

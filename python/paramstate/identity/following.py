@@ -179,6 +179,17 @@ class Following(Membership):
                 )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all parameters, as torch does; a parameter that was replaced is followed first."""
+        """Reset the gradients of all parameters, as torch does; a parameter that was replaced is followed first.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import AdamW
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = AdamW(model)
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> opt.zero_grad()
+            >>> model.weight.grad is None
+            True
+        """
         self._settle(stepping=False)
         super().zero_grad(set_to_none)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from paramstate import _core
 from paramstate.errors import OverlapError, SelectionError, UnknownParameterError, listed
-from paramstate.selection.expressions import selected_whole
 from paramstate.selection.patterns import matching
-from paramstate.selection.selecting import Selection
+from paramstate.selection.selecting import Selection, select
+from paramstate.selection.tied import selected_whole
 
 from .enrolment import Enrolment
 from .table import Entry
@@ -19,8 +19,25 @@ from .tables import OnReplace, SelectedGroup
 from .wrappers import Tree
 
 Key = Tensor | str
-Which = Key | Selection | Iterable[Key | Selection]
-"""One or several parameters: by tensor, name, pattern or selection."""
+Several = Selection | nn.Module
+Which = Key | Several | Iterable[Key | Several]
+"""One or several parameters: by tensor, name or pattern, as a selection, or by the module that holds them."""
+
+
+def keys_of(which: Which) -> list[Key | Several]:
+    """What was given as one or several parameters, one by one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(which, (Tensor, str, Selection, nn.Module)):
+        return [which]
+    if not isinstance(which, Iterable):
+        raise TypeError(
+            "parameters are given as tensors, names, patterns, modules, selections, or several of these; got "
+            f"{type(which).__name__}"
+        )
+    return list(which)
 
 
 class Membership(Enrolment):
@@ -162,17 +179,23 @@ class Membership(Enrolment):
         self._sync()
         return self._table.of(param)
 
+    def _has(self, entry: Entry) -> bool:
+        """Whether a parameter that was found before is still in the optimizer."""
+        self._sync()
+        return self._table.of(entry.param) is entry
+
     def _find(self, key: Key) -> Entry:
         self._sync()
         return self._table.find(key)
 
     def _select(self, which: Which) -> list[Entry]:
-        keys = [which] if isinstance(which, (Tensor, str, Selection)) else list(which)
-        return list(dict.fromkeys(entry for key in keys for entry in self._entries_for(key)))
+        return list(dict.fromkeys(entry for key in keys_of(which) for entry in self._entries_for(key)))
 
-    def _entries_for(self, key: Key | Selection) -> list[Entry]:
+    def _entries_for(self, key: Key | Several) -> list[Entry]:
         """The parameters of a selection, of a pattern over the optimizer's own names, or the one that is meant."""
         self._sync()
+        if isinstance(key, nn.Module):
+            key = self._selection_of(key)
         if isinstance(key, Selection):
             return [self._entry_of_selected(param, names) for param, names in key.resolve().items()]
         if isinstance(key, str) and not self._table.is_name(key):
@@ -180,6 +203,13 @@ class Membership(Enrolment):
             if chosen:
                 return list(selected_whole({entry: self._table.names(entry) for entry in self._table}, chosen))
         return [self._table.find(key)]
+
+    def _selection_of(self, module: nn.Module) -> Selection:
+        """The parameters of a module: as a part of the model that it is in, where the optimizer knows that."""
+        for model in self._slots.models:
+            if any(module is part for part in model.modules()):
+                return select(model, module)
+        return select(module)
 
     def _entry_of_selected(self, param: Tensor, names: list[str]) -> Entry:
         entry = self._table.of(param)

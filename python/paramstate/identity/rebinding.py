@@ -190,11 +190,6 @@ class Rebinding(Following):
             adopter["param_names"].extend(places[0].path for places in unmanaged.values())
         self._sync()
 
-    def _state_fits(self, entry: Entry) -> bool:
-        """Whether the state of a parameter has its shape: it has not after one of another shape took its place."""
-        held = self.state.get(entry.param) or {}
-        return all(held[key].shape == entry.param.shape for key in self._shaped_state if key in held)
-
     def _drop(self, entry: Entry) -> None:
         """Take a parameter out of the groups, the state and the table."""
         for group in self.param_groups:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from paramstate.errors import SelectionError
-from paramstate.selection.expressions import Called
 
 from .membership import Membership
 from .table import Entry
@@ -110,6 +109,10 @@ def portable(optimizer: Membership) -> list[SelectedGroup]:
 
     A predicate or a type that cannot be pickled gives way to the names that its group has now.
     """
+    if not optimizer._selected:
+        return []
+    from paramstate.selection.expressions import Called
+
     carried = []
     for selected in optimizer._selected:
         if _pickles(selected):

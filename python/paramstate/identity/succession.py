@@ -13,7 +13,9 @@ from torch import Tensor
 
 from paramstate._core import Store
 from paramstate.declared.constraints import Box
+from paramstate.declared.rows import Rows
 from paramstate.errors import ReplacedParameterError
+from paramstate.precision.state_dtype import COMPENSATION, MOMENTS, Kind, dense, is_short, stored
 
 from .sharding import is_sharded, placed_like
 from .table import TRAITS, Entry
@@ -22,6 +24,9 @@ from .versions import baseline
 from .wrappers import Place
 
 _declared: weakref.WeakKeyDictionary[Store, dict[int, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+_declared_for_all: weakref.WeakKeyDictionary[Store, Kind] = weakref.WeakKeyDictionary()
 
 
 def declared_of(store: Store) -> dict[int, dict[str, Any]]:
@@ -41,7 +46,7 @@ class Succession(Tables):
                 "it; change it in place, or call opt.replace_(...)"
             )
         self._table.follow(entry, new)
-        if entry.frozen and entry.trained is not None:
+        if entry.frozen and entry.trained is not None and not old.requires_grad:  # not set by hand since
             new.requires_grad_(False)
         held = False
         for params in self._lists():
@@ -94,20 +99,50 @@ class Succession(Tables):
                 if isinstance(held, Tensor) and held.shape == new.shape and key != "step":
                     state[key] = placed_like(held, new)
         if new.dtype != old.dtype:
-            self._widen_state(new)
+            self._retype_state(new)
 
-    def _widen_state(self, param: Tensor) -> None:
-        """The default policy for the dtype of state: it widens when the value does, and is never narrowed."""
-        state = self.state[param]
-        for key, held in state.items():
+    def _keep_all_as(self, kind: Kind | None) -> None:
+        """Declare in what the moments of all parameters are kept; without it, as in the store that was handed over."""
+        store = self._table.store
+        self._state_dtype = kind or _declared_for_all.get(store)
+        if self._state_dtype is not None:
+            self._is_retyped = True
+            _declared_for_all[store] = self._state_dtype
+
+    def _retype_state(self, param: Tensor) -> None:
+        """Keep state in the dtype that is declared; by default it widens when the value does, and is never narrowed."""
+        state: dict[str, Any] = self.state.get(param) or {}
+        kind = self._kept_as(param)
+        for key, held in list(state.items()):
             shaped = isinstance(held, Tensor) and held.shape == param.shape and key != "step"
-            if shaped and held.is_floating_point() and held.dtype.itemsize < param.dtype.itemsize:
-                state[key] = held.to(param.dtype)
+            if not shaped or not held.is_floating_point():
+                continue
+            if key == COMPENSATION:
+                # Wider values leave nothing over, and what a former one has left over is not theirs.
+                del state[key]
+                if is_short(param):
+                    state[key] = held.to(param.dtype)
+            elif kind is not None and key in MOMENTS:
+                state[key] = stored(held, key, kind)
+            else:
+                wide = held.dtype.itemsize >= param.dtype.itemsize
+                state[key] = dense(held).to(held.dtype if wide else param.dtype)
+
+    def _state_fits(self, entry: Entry) -> bool:
+        """Whether the state of a parameter has its shape: it has not after one of another shape took its place."""
+        held = self.state.get(entry.param) or {}
+        return all(held[key].shape == entry.param.shape for key in self._shaped_state if key in held)
 
     def _forget_state(self, entry: Entry) -> None:
         """State as if never stepped; rows are alike again, but for those that are frozen."""
         self.state.pop(entry.param, None)
         self._begin_rows(entry)
+
+    def _rows_of(self, entry: Entry) -> Rows | None:
+        """What differs between the rows of a parameter; where a client deleted its state none has taken a step."""
+        if entry.rows is None or self.state.get(entry.param):
+            return entry.rows
+        return entry.rows.begun_anew()
 
     def _begin_rows(self, entry: Entry) -> None:
         """No row has taken a step. Where the parameter has another number of rows by now, none is frozen either."""

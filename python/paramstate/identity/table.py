@@ -19,6 +19,7 @@ from paramstate._core import Store
 from paramstate.declared.constraints import Constraint
 from paramstate.declared.rows import Rows
 from paramstate.errors import AmbiguousNameError, UnknownParameterError, listed
+from paramstate.precision.state_dtype import Kind
 
 from .versions import Baseline
 from .wrappers import Place
@@ -57,11 +58,13 @@ class Entry:
     """``requires_grad`` before it was frozen; ``None`` where freezing left that alone."""
     rows: Rows | None = None
     """What differs between its rows; ``None`` where nothing does."""
+    state_dtype: Kind | None = None
+    """In what its moments are kept; ``None`` where nothing is declared for it alone."""
     baseline: Baseline | None = None
     """The version of the tensor when its moments began; ``None`` where that is not known."""
 
 
-TRAITS = ("constraint", "frozen", "trained", "rows")
+TRAITS = ("constraint", "frozen", "trained", "rows", "state_dtype")
 """What is declared for a parameter: the fields of an entry that copies and files carry along."""
 
 

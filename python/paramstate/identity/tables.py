@@ -6,18 +6,21 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from paramstate import _core
-from paramstate.selection.expressions import Expression
+from paramstate.precision.state_dtype import Kind, kept_as
 
 from .shared import Shared
 from .slots import SlotTable
 from .table import Entry, IdentityTable
 from .wrappers import Place, Tree
+
+if TYPE_CHECKING:
+    from paramstate.selection.expressions import Expression
 
 # Everything that hands tensors to the compiled module imports this file.
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -85,6 +88,10 @@ class Tables(torch.optim.Optimizer):
     _watched = Shared(default=False)
     _copied_from = Shared[tuple[dict[int, Any], list[weakref.ref[nn.Module]]] | None](None)
     _constrained = Shared(default=False)
+    _state_dtype = Shared[Kind | None](None)
+    """In what the moments of all parameters are kept for which nothing else is declared."""
+    _is_retyped = Shared(default=False)
+    """Whether anything was ever declared about that."""
     _handed_over = Shared(default=False)
     _under_construction = Shared(default=False)
 
@@ -99,6 +106,11 @@ class Tables(torch.optim.Optimizer):
         self._selected = []
         self._itself = weakref.ref(self)
         self._shared = {}
+
+    def _kept_as(self, param: Tensor) -> Kind | None:
+        """In what the moments of a parameter are kept; ``None`` where that is open."""
+        entry = self._table.of(param)
+        return kept_as((entry and entry.state_dtype) or self._state_dtype, param)
 
     def _know(self, model: nn.Module, tree: Tree | None = None) -> dict[Tensor, list[Place]]:
         """Know a model from now on, by a walk over it that may be given; returns its parameters with their slots."""

@@ -5,6 +5,8 @@ moments began, plus the steps taken since, is what it should be now; what is bey
 moments that belong to the values before. It costs nothing while training: the count is noted once for each parameter,
 when its state is created.
 
+Where somebody else wrote the step, that count says nothing any more; it is noted anew with the next look.
+
 Not seen: writes through ``param.data`` or into the storage, which torch does not count. Not known: how many writes a
 step makes that torch computes; there only a comparison without a step in between can tell.
 """
@@ -26,6 +28,8 @@ class Baseline(NamedTuple):
 
     version: int
     step: float
+    counter: tuple[Tensor, int] | None
+    """What holds the step, and the count of its writes where torch counts them: the compiled step makes none."""
 
 
 def baseline(param: Tensor, state: dict[str, Any]) -> Baseline | None:
@@ -33,13 +37,22 @@ def baseline(param: Tensor, state: dict[str, Any]) -> Baseline | None:
     step = state.get("step")
     if param.is_inference() or step is None:
         return None
-    return Baseline(param._version, float(step))
+    counter = (step, step._version) if isinstance(step, Tensor) and not step.is_inference() else None
+    return Baseline(param._version, float(step), counter)
 
 
 def foreign_writes(since: Baseline, now: Baseline) -> int | None:
     """The writes that no step of the optimizer made; ``None`` where the counts do not fit together."""
+    if not _same_counter(since.counter, now.counter):
+        return None
     writes = (now.version - since.version) - (now.step - since.step)
     return int(writes) if writes >= 0 and now.step >= since.step else None
+
+
+def _same_counter(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[0] is other[0] and one[1] == other[1]
 
 
 @contextlib.contextmanager

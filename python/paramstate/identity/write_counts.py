@@ -26,16 +26,17 @@ def write_counts(param: Tensor) -> WriteCounts:
 
 
 def put_back(param: Tensor, counts: WriteCounts) -> None:
-    """Values came back, and whatever was written between is gone with them."""
+    """Values came back, and whatever was written between is gone with them.
+
+    Where nothing was known of writes then, because there were no moments yet, there are none.
+    """
     for entry, now in _known(param):
-        if id(entry) not in counts:
-            continue
+        before = counts.get(id(entry), 0)
         writes = None if entry.baseline is None else foreign_writes(entry.baseline, now)
         if entry.baseline is None or writes is None:
-            entry.baseline = now._replace(version=now.version - counts[id(entry)])
+            entry.baseline = now._replace(version=now.version - before)
         else:
-            undone = writes - counts[id(entry)]
-            entry.baseline = entry.baseline._replace(version=entry.baseline.version + undone)
+            entry.baseline = entry.baseline._replace(version=entry.baseline.version + writes - before)
 
 
 def _known(param: Tensor) -> Iterator[tuple[Entry, Baseline]]:

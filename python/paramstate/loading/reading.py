@@ -126,7 +126,7 @@ def saved_parameters(state_dict: Mapping[str, Any], renamed: Mapping[str, str], 
         id = _at(identity.get("ids"), position, len(places))
         names = [renamed.get(name, name) for name in names]
         traits = _at(identity.get("traits"), position, len(places))
-        found.setdefault(key, Saved(key, names, id, state_dict["state"].get(key), number, shared, traits))
+        found.setdefault(key, Saved(key, names, id, _state(state_dict["state"].get(key)), number, shared, traits))
     return list(found.values())
 
 
@@ -147,3 +147,12 @@ def _named_by_key(own: list[str], key: str, are_known: bool) -> list[str]:
 
 def _at(values: Any, position: int, length: int) -> Any:
     return values[position] if values is not None and len(values) == length else None
+
+
+def _state(held: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One parameter's saved state; moments that were saved as codes and scales are tensors again."""
+    if not (isinstance(held, Mapping) and any(isinstance(value, Mapping) for value in held.values())):
+        return held
+    from paramstate.precision.portable import restored
+
+    return restored(held)

@@ -11,10 +11,16 @@ from paramstate.declared.rows import Rows
 from paramstate.errors import ConstraintError, LoadError
 from paramstate.identity.membership import Membership
 from paramstate.identity.table import Entry
+from paramstate.precision.state_dtype import Kind
 
 
-def traits_of(entry: Entry) -> dict[str, Any]:
-    """What differs from a parameter for which nothing is declared; empty for such a one."""
+def traits_of(entry: Entry, state_dtype: Kind | None = None) -> dict[str, Any]:
+    """What differs from a parameter for which nothing is declared; empty for such a one.
+
+    Args:
+        entry: the parameter.
+        state_dtype: what is declared about its moments, for it alone or for all.
+    """
     data: dict[str, Any] = {}
     if entry.constraint is not None:
         data["constraint"] = entry.constraint.as_data()
@@ -22,6 +28,8 @@ def traits_of(entry: Entry) -> dict[str, Any]:
         data["frozen"] = {"trained": entry.trained}
     if entry.rows is not None:
         data["rows"] = entry.rows.as_data()
+    if state_dtype is not None:
+        data["state_dtype"] = state_dtype
     return data
 
 
@@ -39,6 +47,7 @@ class Declared:
 
     def __init__(self, entry: Entry, data: Mapping[str, Any], called: str) -> None:
         self.entry = entry
+        self._state_dtype: Kind | None = data.get("state_dtype")
         self._frozen: dict[str, Any] | None = data.get("frozen")
         self._rows = Rows.from_data(data["rows"]) if data.get("rows") else None
         self._constraint, self.is_undeclared = self._chosen(data.get("constraint"))
@@ -78,4 +87,7 @@ class Declared:
             if entry.trained is not None:
                 entry.param.requires_grad_(entry.trained)
                 entry.trained = None
+        if self._state_dtype is not None and entry.state_dtype is None and optimizer._state_dtype is None:
+            entry.state_dtype = self._state_dtype
+            optimizer._is_retyped, optimizer._roster = True, []
         optimizer._traits_changed(entry)

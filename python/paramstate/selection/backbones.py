@@ -24,7 +24,10 @@ def base_model(model: nn.Module) -> nn.Module:
     Args:
         model: a model of transformers, wrapped or not by ``DistributedDataParallel``, ``DataParallel``,
             ``torch.compile``, FSDP or PEFT, in any combination; or a module of your own that holds one. A model in
-            which nothing is Hugging Face's is its own base: what is returned is the model without its wrappers.
+            which nothing is Hugging Face's is its own base.
+
+    Returns:
+        Module: the very module inside ``model``; without wrappers.
 
     Raises:
         AmbiguousNameError: there are several, as in models of text and images. The message lists them, and

@@ -7,19 +7,18 @@ it was written for: an optimizer keeps the expressions of its groups.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor, nn
 
-from paramstate.errors import SelectionError, UnknownParameterError, listed
+from paramstate.errors import UnknownParameterError, listed
 from paramstate.identity.wrappers import Tree
 
 from .patterns import matching, nearest
+from .tied import selected_whole
 
 Predicate = Callable[[str, Tensor], bool]
-T = TypeVar("T")
 
 
 class Names:
@@ -94,32 +93,17 @@ class Expression(ABC):
             if chosen.issuperset(numbers)
         }
 
+    def __and__(self, other: Expression) -> Expression:
+        return Intersection(self, other)
 
-def selected_whole(parameters: dict[T, list[str]], chosen: set[str]) -> dict[T, list[str]]:
-    """Those of ``parameters``, each with all of its names, that have a name among the chosen ones.
+    def __or__(self, other: Expression) -> Expression:
+        return Union((self, other))
 
-    Raises:
-        SelectionError: another of its names is not chosen.
-    """
-    found = {}
-    for param, names in parameters.items():
-        inside, outside = _split(names, chosen)
-        if inside and outside:
-            raise SelectionError(
-                f"parameter {inside[0]!r} is tied to {outside[0]!r}, which is not selected; name {outside[0]!r} as "
-                "well to select the parameter (a full name stands for all of its names), or subtract it to leave it out"
-            )
-        if inside:
-            found[param] = names
-    return found
+    def __sub__(self, other: Expression) -> Expression:
+        return Intersection(self, Complement(other))
 
-
-def _split(names: Iterable[str], chosen: set[str]) -> tuple[list[str], list[str]]:
-    inside: list[str] = []
-    outside: list[str] = []
-    for name in names:
-        (inside if name in chosen else outside).append(name)
-    return inside, outside
+    def __invert__(self) -> Expression:
+        return Complement(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from paramstate.errors import UnknownParameterError, listed
 from paramstate.identity.wrappers import Tree, require_module
 
-from .expressions import (
-    Below,
-    Called,
-    Complement,
-    Everything,
-    Expression,
-    Intersection,
-    Names,
-    OfType,
-    Pattern,
-    Union,
-    Where,
-)
-from .preview import Preview, preview_of
+if TYPE_CHECKING:
+    from .expressions import Expression
+    from .preview import Preview
 
 
 class Selection:
@@ -56,12 +44,26 @@ class Selection:
 
     @property
     def model(self) -> nn.Module:
-        """The model that it is resolved against."""
+        """The model that it is resolved against.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> select(model, "0").model is model
+            True
+        """
         return self._model
 
     @property
     def expression(self) -> Expression:
-        """What is selected, without the model."""
+        """What is selected, without the model.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> str((select(model, "0") & select(model, "*.bias")).expression)
+            "('0' & '*.bias')"
+        """
         return self._expression
 
     def on(self, model: nn.Module) -> Selection:
@@ -74,6 +76,17 @@ class Selection:
         """
         return Selection(model, self._expression)
 
+    def _require_on(self, model: nn.Module) -> None:
+        """Check that this is a selection on ``model``.
+
+        Raises:
+            ValueError: it is one on another object.
+        """
+        if self._model is not model:
+            raise ValueError(
+                f"{self!r} is a selection on another model object; selection.on(model) is the same one on this model"
+            )
+
     def resolve(self, tree: Tree | None = None) -> dict[Tensor, list[str]]:
         """The selected parameters, in the model's order, each with its canonical names.
 
@@ -83,25 +96,64 @@ class Selection:
         Raises:
             UnknownParameterError: it selects nothing, or a part of it does; the message has the nearest names.
             SelectionError: a tied parameter is selected by some of its names only.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> model[1].bias = model[0].bias  # tied
+            >>> select(model, "0.bias").resolve()[model[0].bias]
+            ['0.bias', '1.bias']
         """
         return self._expression.resolve(self._model, tree)
 
     @property
     def names(self) -> list[str]:
-        """The canonical name of each selected parameter; of a tied one the first."""
+        """The canonical name of each selected parameter; of a tied one the first.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> select(model, "*.weight").names
+            ['0.weight', '1.weight']
+        """
         return [names[0] for names in self.resolve().values()]
 
     @property
     def params(self) -> list[Tensor]:
-        """The selected parameters, each once."""
+        """The selected parameters, each once.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> select(model, "1").params[0] is model[1].weight
+            True
+        """
         return list(self.resolve())
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and parameter, as ``model.named_parameters()`` gives them."""
+        """Name and parameter, as ``model.named_parameters()`` gives them.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> dict(select(model, "1").named_parameters())["1.bias"] is model[1].bias
+            True
+        """
         return ((names[0], param) for param, names in self.resolve().items())
 
     def preview(self) -> Preview:
-        """What is selected now: prints as a table; ``preview().rows`` has the data."""
+        """What is selected now: prints as a table; ``preview().rows`` has the data.
+
+        Example:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            >>> preview = select(model, "1").preview()
+            >>> [(row.name, row.shape) for row in preview.rows], preview.numel
+            ([('1.weight', (1, 2)), ('1.bias', (1,))], 3)
+        """
+        from .expressions import Everything
+        from .preview import preview_of
+
         selected = self.resolve()
         everything = Everything().resolve(self._model)
         return preview_of(selected, {param: names for param, names in everything.items() if param not in selected})
@@ -120,21 +172,21 @@ class Selection:
         return any(item in names for names in selected.values())
 
     def __and__(self, other: Selection) -> Selection:
-        return self._combined(other, Intersection)
+        return self._combined(other, operator.and_)
 
     def __or__(self, other: Selection) -> Selection:
-        return self._combined(other, lambda one, two: Union((one, two)))
+        return self._combined(other, operator.or_)
 
     def __sub__(self, other: Selection) -> Selection:
-        return self._combined(other, lambda one, two: Intersection(one, Complement(two)))
+        return self._combined(other, operator.sub)
 
     def __invert__(self) -> Selection:
-        return Selection(self._model, Complement(self._expression))
+        return Selection(self._model, ~self._expression)
 
     def _combined(self, other: Selection, combine: Callable[[Expression, Expression], Expression]) -> Selection:
         if not isinstance(other, Selection):
             return NotImplemented
-        _require_same(self._model, other)
+        other._require_on(self._model)
         return Selection(self._model, combine(self._expression, other._expression))
 
     def __repr__(self) -> str:
@@ -162,6 +214,9 @@ def select(model: nn.Module, *what: Selectable) -> Selection:
             * a predicate ``f(name, param) -> bool``;
             * another selection on this model.
 
+    Returns:
+        Selection: resolved whenever it is used.
+
     Raises:
         UnknownParameterError: a module or a tensor is not in the model. That a pattern, a type or a predicate finds
             nothing is raised when the selection is used.
@@ -184,81 +239,7 @@ def select(model: nn.Module, *what: Selectable) -> Selection:
         hyper_net.bias    2      float32         2  yes
         2 of 4 parameters, 6 of 12 elements
     """
+    from .reading import read
+
     require_module(model)
-    reading = _Reading(model)
-    parts = tuple(reading.expression(item) for item in what)
-    if not parts:
-        return Selection(model, Everything())
-    return Selection(model, parts[0] if len(parts) == 1 else Union(parts))
-
-
-def _require_same(model: nn.Module, selection: Selection) -> None:
-    if selection.model is not model:
-        raise ValueError(
-            f"{selection!r} is a selection on another model object; selection.on(model) is the same one on this model"
-        )
-
-
-class _Reading:
-    """What the arguments of one :func:`select` mean. The model is walked at most once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    @cached_property
-    def _tree(self) -> Tree:
-        return Tree(self._model)
-
-    @cached_property
-    def _names(self) -> dict[Tensor, tuple[str, ...]]:
-        numbers = Names(self._model, self._tree).by_param
-        return {param: tuple(self._tree.places[number].path for number in own) for param, own in numbers.items()}
-
-    def expression(self, what: Any) -> Expression:
-        """The expression for one argument."""
-        if isinstance(what, str):
-            return Pattern(what)
-        if isinstance(what, Selection):
-            _require_same(self._model, what)
-            return what.expression
-        if isinstance(what, Tensor):
-            return self._parameter(what)
-        if isinstance(what, nn.Module):
-            return self._module(what)
-        if isinstance(what, type):
-            if not issubclass(what, nn.Module):
-                raise TypeError(f"cannot select by the type {what.__name__}: give a type of torch.nn.Module")
-            return OfType(what)
-        if callable(what):
-            return Where(what)
-        raise TypeError(
-            f"cannot select by {type(what).__name__}: give a pattern, a module, a type of modules, a parameter, a "
-            "predicate or a selection (several of them as further arguments)"
-        )
-
-    def _parameter(self, param: Tensor) -> Expression:
-        if param in self._names:
-            return Called((self._names[param],))
-        alike = [names[0] for other, names in self._names.items() if other.shape == param.shape]
-        raise UnknownParameterError(
-            f"a tensor of shape {list(param.shape)} is no parameter of {type(self._model).__name__}; of that shape are "
-            f"{listed(alike, 3) or 'none'}"
-        )
-
-    def _module(self, module: nn.Module) -> Expression:
-        links = self._tree.links
-        prefixes = tuple(dict.fromkeys(link.prefix for link in links if link.child is module))
-        if module is self._model or "" in prefixes:
-            return Everything()
-        if not prefixes:
-            alike = [link.prefix.removesuffix(".") for link in links if type(link.child) is type(module)]
-            raise UnknownParameterError(
-                f"this {type(module).__name__} is not in {type(self._model).__name__}; of that type are "
-                f"{listed(alike, 3) or 'none'}"
-            )
-        own = dict.fromkeys(module.parameters())
-        below = [place for place in self._tree.places if place.path.startswith(prefixes)]
-        if own and any(place.param not in own for place in below):
-            # A wrapper around the module has parameters of its own under the same canonical name, as LoRA layers have.
-            return Called(tuple(self._names[param] for param in own))
-        return Below(prefixes, type(module).__name__)
+    return Selection(model, read(model, what))

@@ -19,12 +19,14 @@ from paramstate import _core
 from paramstate.declared.rows import along
 from paramstate.identified import IdentifiedOptimizer
 from paramstate.identity.table import Entry
+from paramstate.precision.state_dtype import COMPENSATION, zeros
 
 from .elsewhere import Elsewhere
-from .fresh_state import MOMENTS, initial_state, step_tensor
+from .fresh_state import MOMENTS, initial_state, is_compensated, step_tensor
 from .functional import Undo
 from .places_in_groups import GroupPlace, called_at, param_at
-from .refusals import raise_for
+from .plain_precision import require_plain
+from .refusals import raise_for, raise_for_unkept
 
 
 class HostStep:
@@ -34,6 +36,7 @@ class HostStep:
         optimizer: an Adam whose identity is settled.
         max_grad_norm: clip the global norm of the gradients to this, in the same pass.
         chosen_rows: parameters of which only some rows are stepped this time, with a mask of these.
+        rounding: how 16-bit values are rounded, and the seed of what is random.
     """
 
     def __init__(
@@ -41,12 +44,15 @@ class HostStep:
         optimizer: IdentifiedOptimizer,
         max_grad_norm: float | None,
         chosen_rows: Sequence[tuple[Entry, Tensor]] = (),
+        rounding: tuple[str, int] = ("nearest", 0),
     ) -> None:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._chosen_rows = chosen_rows
+        self._rounding = rounding
         self._chosen = {entry.id: mask for entry, mask in chosen_rows}
         self._undo = Undo(optimizer.state)
+        self._retyped: set[GroupPlace] = set()
         self.grad_norm: float | None = None
 
     def run(self) -> None:
@@ -77,7 +83,7 @@ class HostStep:
     def _let_chosen_rows_differ(self) -> None:
         """A parameter of which only some rows are stepped has rows of its own, at least during the step."""
         for entry, _ in self._chosen_rows:
-            rows = along(entry.rows, entry.param, 0, self._optimizer._table.called(entry))
+            rows = along(self._optimizer._rows_of(entry), entry.param, 0, self._optimizer._table.called(entry))
             if rows is not entry.rows:
                 entry.rows = rows
                 self._optimizer._traits_changed(entry)
@@ -101,15 +107,14 @@ class HostStep:
                 grad_scale=None if scale is None else float(scale),
                 elsewhere_squares=squares,
                 rows=list(self._chosen.items()) or None,
+                rounding=self._rounding,
             )
             if outcome.stale:
                 optimizer._sync()
             elif outcome.problems:
                 raise_for(optimizer, outcome.problems[0])
             elif outcome.retyped:
-                for place in outcome.retyped:
-                    self._undo.remember_entry(param_at(self._optimizer, place))
-                    optimizer._widen_state(param_at(self._optimizer, place))
+                self._retype(outcome.retyped)
             elif outcome.missing:
                 for place in outcome.missing:
                     self._create(place)
@@ -128,14 +133,30 @@ class HostStep:
             if entry is not None and not optimizer.state.get(entry.param):
                 optimizer._begin_rows(entry)
         self._let_chosen_rows_differ()
+        for place in elsewhere:
+            require_plain(optimizer, param_at(optimizer, place), self._rounding[0], called_at(optimizer, place))
         return Elsewhere(optimizer, self._undo, self._max_grad_norm, self._chosen).step(elsewhere)
+
+    def _retype(self, places: list[GroupPlace]) -> None:
+        """Keep moments in what is declared for them."""
+        optimizer = self._optimizer
+        again = next((place for place in places if place in self._retyped), None)
+        if again is not None:
+            raise_for_unkept(optimizer, again)
+        self._retyped.update(places)
+        for place in places:
+            self._undo.remember_entry(param_at(optimizer, place))
+            optimizer._retype_state(param_at(optimizer, place))
+        optimizer._roster = []  # what the walk was told may be of a shape that was another one
+        optimizer._sync()
 
     def _create(self, place: GroupPlace) -> None:
         group, param = self._optimizer.param_groups[place[0]], param_at(self._optimizer, place)
         self._undo.remember_entry(param)
         state = self._optimizer.state[param]
+        kind, compensated = self._optimizer._kept_as(param), is_compensated(param, self._rounding[0])
         if not state:
-            state.update(initial_state(param, group))
+            state.update(initial_state(param, group, kind, compensated=compensated))
             self._begin_state(param)
             return
         lacking = [key for key in ("step", *MOMENTS[:2]) if key not in state]
@@ -146,6 +167,8 @@ class HostStep:
             )
         if group["amsgrad"]:  # a parameter that is listed twice comes here again, with all it needs
             state.setdefault("max_exp_avg_sq", torch.zeros_like(state["exp_avg_sq"]))
+        if compensated:
+            state.setdefault(COMPENSATION, zeros(param, COMPENSATION, None))
 
     def _complete(self, elsewhere: list[GroupPlace]) -> bool:
         """Repair what torch's function does not take as it is in a client's state; returns whether there was any."""

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import NoReturn
 
 from paramstate import _core
-from paramstate.errors import ConstraintError, OverlapError, ParamStateError, StateShapeError
+from paramstate.errors import (
+    ConstraintError,
+    OverlapError,
+    ParamStateError,
+    StateShapeError,
+    UnsupportedError,
+)
 from paramstate.identity.membership import Membership
+from paramstate.precision.state_dtype import MOMENTS
 
-from .places_in_groups import called_at
+from .places_in_groups import GroupPlace, called_at, param_at
 
 
 def raise_for(optimizer: Membership, problem: _core.Problem) -> NoReturn:
@@ -22,13 +29,38 @@ def raise_for(optimizer: Membership, problem: _core.Problem) -> NoReturn:
     raise _of_shapes(name, problem) or _of_rows(name, problem) or _of_memory(name, other, problem)
 
 
+def raise_for_unkept(optimizer: Membership, place: GroupPlace) -> NoReturn:
+    """Raise for moments that cannot be kept in what is declared, by name.
+
+    Raises:
+        StateShapeError: one has not the shape of the parameter.
+        UnsupportedError: one is no ordinary tensor of floats.
+    """
+    name, param = called_at(optimizer, place), param_at(optimizer, place)
+    held = {key: optimizer.state[param][key] for key in MOMENTS if key in optimizer.state[param]}
+    for key, moment in held.items():
+        if moment.shape != param.shape:
+            raise StateShapeError(
+                _STATE_SHAPE.format(name=name, key=key, got=list(moment.shape), expected=list(param.shape))
+            )
+    kinds = "; ".join(f"{key} of {held[key].dtype} and {held[key].layout} on {held[key].device}" for key in held)
+    raise UnsupportedError(
+        f"parameter {name}: its moments cannot be kept as state_dtype={optimizer._kept_as(param)!r} ({kinds}); put "
+        f"floating tensors on {param.device} there, or call opt.reset({name})"
+    )
+
+
+_STATE_SHAPE = (
+    "parameter {name}: its state {key!r} has shape {got}, the parameter has {expected}; opt.replace_({name}, value, "
+    "state=map) carries state through a change of shape, opt.reset({name}) starts it afresh"
+)
+
+
 def _of_shapes(name: str, problem: _core.Problem) -> ParamStateError | None:
     """What does not have the shape of the value."""
     if problem.kind == "state_shape":
         return StateShapeError(
-            f"parameter {name}: its state {problem.key!r} has shape {problem.got}, the parameter has "
-            f"{problem.expected}; opt.replace_({name}, value, state=map) carries state through a change of shape, "
-            f"opt.reset({name}) starts it afresh"
+            _STATE_SHAPE.format(name=name, key=problem.key, got=problem.got, expected=problem.expected)
         )
     if problem.kind == "grad_shape":
         return StateShapeError(

@@ -43,6 +43,7 @@ class CarriedState:
         self._entries = entries
         self._held = [optimizer.state.get(entry.param) or {} for entry in entries]
         self._called = called
+        self._rows = [optimizer._rows_of(entry) for entry in entries]
         self._step, self.rows = self._aged(sources)
         self._shaped = {key: move(self._everywhere(key)) for key in self._shaped_keys()}
         self._others = self._alike()
@@ -59,6 +60,8 @@ class CarriedState:
             held = {**self._stepped(param), **shaped, **self._others}
             state[param].clear()
             state[param].update(held)
+            if self._optimizer._is_retyped:
+                self._optimizer._retype_state(param)
         if param.grad is None and self.grad is not None:
             param.grad = _laid_like(param, self.grad, dtype=param.dtype)
 
@@ -109,9 +112,10 @@ class CarriedState:
         """The step, and what its rows have of their own: the ages of all elements, as rows along one dimension."""
         steps = [float(held.get("step", 0.0)) for held in self._held]
         latest = max(steps) if any("step" in held for held in self._held) else None
-        if len(set(steps)) == 1 and all(entry.rows is None for entry in self._entries):
+        if len(set(steps)) == 1 and all(rows is None for rows in self._rows):
             return latest, None
-        marks = sources.of([_marks(entry, max(steps) - step) for entry, step in zip(self._entries, steps, strict=True)])
+        each = zip(self._entries, self._rows, steps, strict=True)
+        marks = sources.of([_marks(entry, rows, max(steps) - step) for entry, rows, step in each])
         dim, rows = self._along_one_dim(marks)
         frozen = (rows % 2).bool()
         found = Rows(dim, rows // 2, frozen if bool(frozen.any()) else None)
@@ -145,10 +149,9 @@ class CarriedState:
         return {"step": torch.full_like(step, self._step, device=device)}
 
 
-def _marks(entry: Entry, late: float) -> Tensor:
+def _marks(entry: Entry, rows: Rows | None, late: float) -> Tensor:
     """For each element how many steps it has missed, doubled, and one more where it is frozen."""
     behind = torch.zeros(entry.param.shape, dtype=torch.int64) + 2 * int(late)
-    rows = entry.rows
     if rows is None:
         return behind
     own = 2 * rows.offsets if rows.frozen is None else 2 * rows.offsets + rows.frozen

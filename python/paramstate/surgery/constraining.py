@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from paramstate.declared.constraints import Box, Constraint
-from paramstate.declared.projections import AnyConstraint, Projection, as_constraint
+from paramstate.declared.bounds import require_values
+from paramstate.declared.constraints import AnyConstraint, Box, Constraint
 from paramstate.declared.rows import Rows
 from paramstate.errors import ConstraintError, listed
 from paramstate.identity.membership import Membership, Which
@@ -29,8 +29,12 @@ class Constraining(Membership):
 
         A learning rate of 0 does not suspend it. A parameter has one constraint: another takes its place.
 
+        What is frozen is not projected, neither parameters nor rows. A norm that is taken over frozen and free rows is
+        that of all of them, and scales the free ones only, by the factor that all would need: it may stay off its
+        limit.
+
         Args:
-            which: a parameter, a name, or several of them.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them.
             constraint: a :class:`Box`, :func:`NonNegative`, :class:`MaxNorm`, :class:`UnitNorm`, or a function of the
                 values; ``None`` takes the constraint off.
 
@@ -52,6 +56,8 @@ class Constraining(Membership):
 
     def _declare(self, wanted: Iterable[tuple[Which, AnyConstraint | None]]) -> None:
         """Declare several constraints: all of them, or none where one cannot hold."""
+        from paramstate.declared.projections import as_constraint
+
         given = [(which, None if constraint is None else as_constraint(constraint)) for which, constraint in wanted]
         declared = [(entry, constraint) for which, constraint in given for entry in self._select(which)]
         for entry, constraint in declared:
@@ -66,10 +72,15 @@ class Constraining(Membership):
         """How many values are at one of their declared bounds now.
 
         Args:
-            which: a parameter, a name, or several of them; by default all whose constraint is a :class:`Box`.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them; by default all whose
+                constraint is a :class:`Box`.
 
         Returns:
             dict: the parameter's name to the number of its elements that equal a bound.
+
+        Raises:
+            UnknownParameterError: one of them is not known.
+            UnsupportedError: one of them is on the meta device, where it has no values.
 
         Example:
             >>> import torch
@@ -81,15 +92,12 @@ class Constraining(Membership):
         """
         self._sync()
         entries = list(self._table) if which is None else self._select(which)
-        return {
-            self._table.name(entry): int(entry.constraint.at_bound(entry.param.detach()).sum())
-            for entry in entries
-            if isinstance(entry.constraint, Box)
-        }
-
-    def _set_constraint(self, entry: Entry, constraint: Constraint | None) -> None:
-        entry.constraint = constraint
-        self._traits_changed(entry)
+        counts: dict[str, int] = {}
+        for entry in entries:
+            if isinstance(entry.constraint, Box):
+                require_values(self._table.called(entry), entry.param)
+                counts[self._table.name(entry)] = int(entry.constraint.at_bound(entry.param.detach()).sum())
+        return counts
 
     def _project_after_step(
         self,
@@ -102,7 +110,7 @@ class Constraining(Membership):
         """Apply the declared constraints that the step itself did not hold: all of them, also where some fail.
 
         Args:
-            updated: what the kernels stepped; functions are left, which no kernel knows.
+            updated: what the kernels stepped; what no kernel knows, as a function, is left.
             elsewhere: what torch stepped.
             chosen: by ID the rows that were stepped, of parameters of which not all were.
             what: what an error says of the step.
@@ -115,8 +123,7 @@ class Constraining(Membership):
         done, stepped = set(map(id, updated)), set(map(id, elsewhere))
         failed: list[tuple[Entry, Exception]] = []
         for entry in self._table:
-            held = id(entry.param) in done and not isinstance(entry.constraint, Projection)
-            if entry.constraint is None or held:
+            if entry.constraint is None or (id(entry.param) in done and entry.constraint.is_held_by_the_step):
                 continue
             try:
                 if id(entry.param) in stepped and isinstance(entry.constraint, Box) and entry.constraint.zero_exp_avg:
@@ -158,7 +165,7 @@ def project_rows_(
     if param.is_meta or constraint.holds(param.detach()):
         return
     with torch.inference_mode() if param.is_inference() else torch.no_grad():
-        before = None if rows is None else param.detach().clone()
+        before = None if rows is None and named is None else param.detach().clone()
         constraint.project_(param, called)
         if before is not None:
             param.copy_(torch.where(rows_to_project(rows, param, named), param, before))
@@ -167,7 +174,9 @@ def project_rows_(
 def rows_to_project(rows: Rows | None, param: Tensor, named: Tensor | None) -> Tensor:
     """A mask, to be broadcast, of the rows that are not frozen and, where a step named some, are among these."""
     if rows is None:
-        return torch.ones((), dtype=torch.bool, device=param.device)
+        if named is None:
+            return torch.ones((), dtype=torch.bool, device=param.device)
+        rows = Rows.alike(len(named), 0)
     mask = torch.ones(len(rows), dtype=torch.bool)
     mask &= mask if rows.frozen is None else ~rows.frozen
     mask &= mask if named is None else named

@@ -22,7 +22,7 @@ class Freezing(Membership):
         its gradient is not in ``max_grad_norm``'s norm. (The free ``clip_grad_norm_`` cannot know.)
 
         Args:
-            which: a parameter, a name, or several of them.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them.
             stop_gradient: also turn ``requires_grad`` off, so that no gradient is computed; :meth:`unfreeze` turns it
                 on again where it was on.
 
@@ -53,7 +53,8 @@ class Freezing(Membership):
         """Train frozen parameters again, from exactly the state that they had.
 
         Args:
-            which: a parameter, a name, or several of them; what is not frozen stays as it is.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them; what is not frozen stays
+                as it is.
 
         Raises:
             UnknownParameterError: one of them is not known. Nothing is changed then.

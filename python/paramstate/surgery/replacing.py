@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from paramstate.identity.table import Entry
 from paramstate.identity.tables import between_steps
 from paramstate.identity.versions import own_writes
 
-from .carried_constraints import carried_constraint
-from .carried_state import CarriedState
-from .relayout import TensorMap, require_relayout
+if TYPE_CHECKING:
+    from .carried_state import CarriedState
+    from .relayout import TensorMap
 
 
 class Surgery(Membership):
@@ -27,7 +27,7 @@ class Surgery(Membership):
         """Make the state of parameters as if they had never been stepped. Values and IDs stay.
 
         Args:
-            which: a parameter, a name, a pattern over names, a selection, or several of them.
+            which: a parameter, a name, a pattern over names, a module, a selection, or several of them.
 
         Raises:
             UnknownParameterError: one of them is not known. Nothing is reset then.
@@ -66,6 +66,8 @@ class Surgery(Membership):
         Raises:
             UnknownParameterError: ``which`` is not known.
             ValueError: ``value`` is another parameter of this optimizer. Nothing is changed then.
+            EditError: ``state`` is a map, and an open edit would bring back the value without the state. Nothing is
+                changed then.
             ConstraintError: the bounds that were declared for the parameter do not fit the new value. Nothing is
                 changed then.
             StateShapeError: the shape changes and ``state`` is ``"keep"``, or the map is no re-layout. Nothing is
@@ -88,6 +90,9 @@ class Surgery(Membership):
         self._require_untracked(entry, value)
         carried, constraint = None, entry.constraint
         if callable(state):
+            from paramstate.editing.session import require_state_comes_back
+
+            require_state_comes_back(self, old, called)
             carried, constraint = self._carried(entry, value, state, called)
         else:
             _require_fits(entry, value, state, called)
@@ -125,6 +130,10 @@ class Surgery(Membership):
         self, entry: Entry, value: Tensor, carry: TensorMap, called: str
     ) -> tuple[CarriedState, Constraint | None]:
         """State and constraint behind the map that carried the value."""
+        from .carried_constraints import carried_constraint
+        from .carried_state import CarriedState
+        from .relayout import require_relayout
+
         sources = require_relayout(called, carry, entry.param.shape, value.shape)
         state = CarriedState(self, [entry], sources, lambda tensors: carry(*tensors).clone(), called)
         return state, carried_constraint([entry.constraint], sources, called)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from paramstate.declared.row_moves import FRESH, Move
 from paramstate.declared.rows import RowIndex, normal_dim, row_indices, row_mask
+from paramstate.editing.session import require_state_comes_back
 from paramstate.errors import EditError, ReplacedParameterError, RowIndexError, StateShapeError, UnknownParameterError
-from paramstate.identity.membership import Key, Membership, Which
+from paramstate.identity.membership import Key, Membership, Several, Which, keys_of
 from paramstate.identity.table import Entry
-from paramstate.selection.selecting import Selection
 
 from .row_targets import EditedBuffer, EditedParameter
 from .snapshots import Snapshot
@@ -29,16 +29,17 @@ Edited = EditedParameter | EditedBuffer
 class EditRows:
     """Pending edits of rows, made by :meth:`Adam.edit_rows`; a context manager.
 
-    Each call names one or several targets: parameters (as tensors, names or selections), the keys of ``side``, or the
-    names of buffers of a model that the optimizer knows. What moves with a row: its value, its gradient, every state
-    tensor of the parameter's shape, how many steps it has taken, whether it is frozen, and its bounds.
+    Each call names one or several targets: parameters (as tensors, names, modules or selections), the keys of ``side``,
+    or the names of buffers of a model that the optimizer knows. What moves with a row: its value, its gradient, every
+    state tensor of the parameter's shape, how many steps it has taken, whether it is frozen, and its bounds.
 
     Each call edits all of its targets or, where it raises, none; one that several keys stand for is edited once.
 
     After the block each edited parameter is a new ``nn.Parameter`` in all its places; ``rows[key]`` is it.
 
     Raises:
-        EditError: a method is called after the block.
+        EditError: a method is called after the block, or rows are to move that an open :meth:`Adam.edit` would bring
+            back without their state.
         UnknownParameterError: a target is not known.
         ReplacedParameterError: on leaving, where a target was stepped, written or replaced in the block.
 
@@ -86,6 +87,17 @@ class EditRows:
 
         Raises:
             RowIndexError: the index does not fit the rows, or names one twice.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.keep("weight", [0, 2])
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([1.0, 3.0], [1, 1])
         """
 
         def kept(edited: Edited) -> Move:
@@ -106,6 +118,17 @@ class EditRows:
 
         Raises:
             RowIndexError: the index does not fit the rows.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.gather("weight", [2, 0, 0])
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([3.0, 1.0, 1.0], [1, 1, 1])
         """
         self._move(which, lambda edited: Move.of_all(self._dim(edited, dim), self._indices(edited, index, dim)))
 
@@ -119,6 +142,17 @@ class EditRows:
 
         Raises:
             RowIndexError: the order does not name each row exactly once.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.permute("weight", [2, 0, 1])
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([3.0, 1.0, 2.0], [1, 1, 1])
         """
 
         def permuted(edited: Edited) -> Move:
@@ -153,6 +187,17 @@ class EditRows:
             RowIndexError: ``copy_of`` or ``state_of`` do not fit the rows, or name another number of rows than are new.
             ConstraintError: bounds that differ from row to row are declared, and a new row has none.
             TypeError: neither or both of ``values`` and ``copy_of`` are given.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.append("weight", torch.tensor([[9.0]]))
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([1.0, 2.0, 3.0, 9.0], [1, 1, 1, 0])
         """
         if (values is None) == (copy_of is None):
             raise TypeError("append(...) takes either values (a tensor, or a number of rows) or copy_of=")
@@ -182,6 +227,17 @@ class EditRows:
         Raises:
             RowIndexError: the index does not fit the rows.
             UnsupportedError: rows differ along another dimension already.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.reset("weight", [1])
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([1.0, 2.0, 3.0], [1, 0, 1])
         """
 
         def reset(edited: Edited) -> Move:
@@ -203,6 +259,17 @@ class EditRows:
 
         Raises:
             ValueError: a count is negative.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.pad("weight", before=1, value=7.0)
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([7.0, 1.0, 2.0, 3.0], [0, 1, 1, 1])
         """
         if before < 0 or after < 0:
             raise ValueError(f"pad(...) adds rows: before and after must be at least 0, got {before} and {after}")
@@ -224,6 +291,17 @@ class EditRows:
 
         Raises:
             ValueError: the size is negative.
+
+        Example:
+            >>> import torch
+            >>> from paramstate import Adam
+            >>> table = torch.nn.Embedding(3, 1, _weight=torch.arange(1.0, 3.5).unsqueeze(1))
+            >>> opt = Adam(table, lr=0.0)
+            >>> table.weight.sum().backward(); opt.step()
+            >>> with opt.edit_rows() as rows:
+            ...     rows.resize("weight", 2)
+            >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
+            ([1.0, 2.0], [1, 1])
         """
         if size < 0:
             raise ValueError(f"resize(...) takes a number of rows, got {size}")
@@ -249,6 +327,9 @@ class EditRows:
                 "rows are edited inside a block, and applied when it ends: with opt.edit_rows() as rows: ..."
             )
         moves = [(edited, move_of(edited)) for edited in self._targets(which)]
+        for edited, move in moves:
+            if isinstance(edited, EditedParameter) and not edited.keeps_values(move):
+                require_state_comes_back(self._optimizer, edited.entry.param, edited.called)
         before = [(edited, dict(vars(edited))) for edited, _ in moves]
         try:
             for edited, move in moves:
@@ -273,10 +354,9 @@ class EditRows:
 
     def _targets(self, which: Which) -> list[Edited]:
         """Each target once, also where several names or keys stand for it."""
-        keys = [which] if isinstance(which, (Tensor, str, Selection)) else list(which)
-        return list(dict.fromkeys(edited for key in keys for edited in self._resolved(key)))
+        return list(dict.fromkeys(edited for key in keys_of(which) for edited in self._resolved(key)))
 
-    def _resolved(self, key: Key | Selection) -> list[Edited]:
+    def _resolved(self, key: Key | Several) -> list[Edited]:
         if isinstance(key, str) and key in self._side:
             entry = self._optimizer._entry(self._side[key])
             return [self._buffer(key, self._side, key) if entry is None else self._parameter(entry)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from paramstate.identity.membership import Key, Membership, Which
 from paramstate.identity.table import Entry
 from paramstate.identity.tables import between_steps
 
-from .row_edits import EditRows
+if TYPE_CHECKING:
+    from .row_edits import EditRows
 
 
 class RowSurgery(Membership):
@@ -48,6 +50,8 @@ class RowSurgery(Membership):
             >>> opt.row_steps("weight").tolist()
             [1, 1, 0]
         """
+        from .row_edits import EditRows
+
         return EditRows(self, {} if side is None else side)
 
     def row_steps(self, which: Key) -> Tensor:
@@ -81,10 +85,12 @@ class RowSurgery(Membership):
     def freeze_rows(self, which: Which, index: RowIndex, *, dim: int = 0) -> None:
         """Freeze rows: no update, no decay, no momentum, until :meth:`unfreeze_rows`; their state does not age.
 
-        Their gradients are still computed, and are not in ``max_grad_norm``'s norm.
+        Their gradients are still computed, and are not in ``max_grad_norm``'s norm. No constraint changes them either:
+        a norm (:class:`MaxNorm`, :class:`UnitNorm`) over frozen and free rows scales the free ones only, and may stay
+        off its limit; see :meth:`constrain`.
 
         Args:
-            which: a parameter, a name, or several of them.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them.
             index: a bool mask of shape (n,), or indices.
             dim: along which the rows lie.
 
@@ -107,7 +113,7 @@ class RowSurgery(Membership):
         for entry in self._select(which):
             called = self._table.called(entry)
             at = normal_dim(dim, entry.param, called)
-            rows = along(entry.rows, entry.param, at, called).copied()
+            rows = along(self._rows_of(entry), entry.param, at, called).copied()
             mask = row_mask(index, len(rows), called)
             rows.frozen = mask if rows.frozen is None else rows.frozen | mask
             changed.append((entry, rows))
@@ -119,7 +125,7 @@ class RowSurgery(Membership):
         """Let frozen rows be trained again, from the state that they had.
 
         Args:
-            which: a parameter, a name, or several of them.
+            which: a parameter, a name, a pattern, a module, a selection, or several of them.
             index: a bool mask of shape (n,), or indices; all frozen rows by default.
 
         Example:
@@ -161,6 +167,6 @@ class RowSurgery(Membership):
                 if any(entry is other for other, _ in chosen):
                     raise SelectionError(f"{called}: step(rows=...) names it twice; give all of its rows at once")
                 at = normal_dim(0, entry.param, called)
-                along(entry.rows, entry.param, at, called)  # raises where rows differ along another dimension
+                along(self._rows_of(entry), entry.param, at, called)  # raises where rows differ along another dimension
                 chosen.append((entry, row_mask(index, entry.param.shape[at], called)))
         return chosen

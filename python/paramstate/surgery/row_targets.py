@@ -102,6 +102,10 @@ class EditedParameter:
         step = float(held["step"]) if "step" in held else None
         return _version(self.old), None if grad is None else _version(grad), step
 
+    def keeps_values(self, move: Move) -> bool:
+        """Whether all of its values stay what and where they are."""
+        return move.keeps_values and len(move.values) == self.value.shape[move.dim]
+
     def move(self, move: Move) -> None:
         """Move its rows, and all that follows them."""
         rows = self._moved_rows(move)
@@ -109,7 +113,7 @@ class EditedParameter:
             known = torch.where(move.values != FRESH, move.values, move.state)
             self._constraint = self._constraint.with_rows(move.dim, self.value.dim(), known, self.called)
         self._state = {key: moved(tensor, move.dim, move.state) for key, tensor in self._state.items()}
-        self._keeps_values = self._keeps_values and move.keeps_values and len(move.values) == self.value.shape[move.dim]
+        self._keeps_values = self._keeps_values and self.keeps_values(move)
         if not self._keeps_values:
             self.value = moved(self.value, move.dim, move.values, move.fill)
             if self._grad is not None:
@@ -156,6 +160,8 @@ class EditedParameter:
             held.update(self._state)
             if isinstance(step, Tensor) and self._step is not None and float(step) != self._step:
                 held["step"] = torch.full_like(step, self._step)
+            if optimizer._is_retyped:
+                optimizer._retype_state(self.value)
         optimizer._traits_changed(entry)
         if self.value is not self.old:
             self.old.grad = None

@@ -56,6 +56,7 @@ fn steps(criterion: &mut Criterion, name: &str, dtypes: [DType; 3], count: usize
             scalars: Adam::default().scalars(10.0, 1.0),
             bounds: Bounds::default(),
             particulars: None,
+            precision: None,
         })
         .collect();
     let bytes = 2 * value.size_of() + grad.size_of() + 4 * moments.size_of();
@@ -120,6 +121,7 @@ fn row_steps(criterion: &mut Criterion, total: usize, inner: usize) {
                 scalars: adam.scalars(200.0, 1.0),
                 bounds: Bounds::default(),
                 particulars,
+                precision: None,
             };
             let tasks = [task];
             group.bench_function(format!("{label} {pattern}"), |bencher| {

@@ -3,9 +3,8 @@
 //! A loop that finds its operand in another dtype, out of order or unaligned works on such a block
 //! while it lies in the first-level cache. Another encoding of state is another codec here.
 
+use std::marker::PhantomData;
 use std::ops::Range;
-
-use half::{bf16, f16};
 
 use crate::element::Compute;
 use crate::isa::{Isa, Kernel};
@@ -28,16 +27,20 @@ macro_rules! with_element {
                 $call
             }
             DType::Bf16 => {
-                type $type = bf16;
+                type $type = half::bf16;
                 $call
             }
             DType::F16 => {
-                type $type = f16;
+                type $type = half::f16;
                 $call
+            }
+            DType::E4M3 | DType::E5M3 | DType::E8M0 => {
+                unreachable!("what means nothing without its scale is read with it")
             }
         }
     };
 }
+pub(crate) use with_element;
 
 /// Reads the elements `span` of `operand`, in logical order, into `target`.
 ///
@@ -58,43 +61,61 @@ pub(crate) unsafe fn decode<C: Compute>(
     });
 }
 
-/// Writes `source` to the elements `span` of `operand`, in logical order.
+/// What is written, and how: each slice is as long as the first.
+#[derive(Clone, Copy)]
+pub(crate) struct Written<'a, C> {
+    pub source: &'a [C],
+    /// Where it is false, an element keeps its very bits.
+    pub active: Option<&'a [bool]>,
+    /// Rounds at random where there is one, else to the nearest.
+    pub random: Option<Random<'a>>,
+}
+
+/// A word of random bits for each element, of which a number's rounding uses 16.
+#[derive(Clone, Copy)]
+pub(crate) struct Random<'a> {
+    pub words: &'a [u32],
+    pub shift: u32,
+}
+
+impl<'a, C> Written<'a, C> {
+    /// All elements, rounded to the nearest.
+    pub(crate) fn all(source: &'a [C]) -> Self {
+        Self { source, active: None, random: None }
+    }
+
+    fn part(self, part: Range<usize>) -> Self {
+        Self {
+            source: &self.source[part.clone()],
+            active: self.active.map(|active| &active[part.clone()]),
+            random: self.random.map(|random| Random { words: &random.words[part], ..random }),
+        }
+    }
+}
+
+/// Writes to the elements `span` of `operand`, in logical order.
 ///
 /// # Safety
-/// `operand`, walked by `steps`, is writable at each index of `span`, and `source` is as long.
+/// `operand`, walked by `steps`, is readable and writable at each index of `span`, and as many are
+/// written.
 pub(crate) unsafe fn encode<C: Compute>(
     operand: Operand,
     steps: Steps<'_>,
     span: Range<usize>,
-    source: &[C],
+    written: Written<'_, C>,
     isa: Isa,
 ) {
     with_element!(operand.dtype, T => {
         let ptr: *mut T = operand.ptr.cast();
         for run in steps.runs(span) {
-            isa.run(EncodeRun { ptr, source: &source[run.target.clone()], run });
+            isa.run(EncodeRun { ptr, written: written.part(run.target.clone()), run });
         }
     });
 }
 
-/// As `encode`, but for the elements alone whose flag is set: the others keep their very bits.
-///
-/// # Safety
-/// As for `encode`; there are as many flags.
-pub(crate) unsafe fn encode_where<C: Compute>(
-    operand: Operand,
-    steps: Steps<'_>,
-    span: Range<usize>,
-    (source, active): (&[C], &[bool]),
-    isa: Isa,
-) {
-    with_element!(operand.dtype, T => {
-        let ptr: *mut T = operand.ptr.cast();
-        for run in steps.runs(span) {
-            let part = run.target.clone();
-            isa.run(EncodeWhere { ptr, source: &source[part.clone()], active: &active[part], run });
-        }
-    });
+/// Each number as a tensor of this dtype holds it.
+pub(crate) fn round_to<C: Compute>(dtype: DType, numbers: &mut [C], isa: Isa) {
+    with_element!(dtype, T => isa.run(RoundTo { numbers, dtype: PhantomData::<T> }));
 }
 
 /// The number of elements of `values` that are equal to an element of `min` or of `max` in the same
@@ -143,11 +164,11 @@ impl<T: Element, C: Compute> Kernel for DecodeRun<'_, T, C> {
     }
 }
 
-/// Made only by `encode`, whose contract makes the run writable.
+/// Made only by `encode`, whose contract makes the run readable and writable.
 struct EncodeRun<'a, T, C> {
     ptr: *mut T,
     run: Run,
-    source: &'a [C],
+    written: Written<'a, C>,
 }
 
 impl<T: Element, C: Compute> Kernel for EncodeRun<'_, T, C> {
@@ -155,56 +176,73 @@ impl<T: Element, C: Compute> Kernel for EncodeRun<'_, T, C> {
 
     #[inline(always)]
     fn run(self) {
-        // SAFETY: the run starts inside the operand, as `encode`'s contract says.
-        let first = unsafe { self.ptr.offset(self.run.offset) };
-        if self.run.stride == 1 && first.is_aligned() {
-            // SAFETY: these are consecutive, aligned elements, writable by `encode`'s contract;
-            // scratch, which is read meanwhile, is memory of our own.
-            let target = unsafe { std::slice::from_raw_parts_mut(first, self.source.len()) };
-            for (x, y) in self.source.iter().zip(target) {
-                *y = x.encode();
+        let Written { source, active, random } = self.written;
+        match (active, random) {
+            (None, None) => self.put(source.iter().map(|x| move |_| x.encode())),
+            (Some(active), None) => self.put(
+                source
+                    .iter()
+                    .zip(active)
+                    .map(|(x, &active)| move |old| if active { x.encode() } else { old }),
+            ),
+            (None, Some(Random { words, shift })) => {
+                self.put(
+                    source
+                        .iter()
+                        .zip(words)
+                        .map(|(x, word)| move |_| x.encode_at_random(word >> shift & 0xffff)),
+                );
             }
-            return;
-        }
-        for (i, x) in self.source.iter().enumerate() {
-            // SAFETY: element `i` of the run lies inside the operand.
-            let y = unsafe { first.offset(i as isize * self.run.stride) };
-            // SAFETY: it is writable; nothing is asked of its alignment.
-            unsafe { y.write_unaligned(x.encode()) };
+            (Some(active), Some(Random { words, shift })) => {
+                let all = source.iter().zip(active).zip(words);
+                self.put(all.map(|((x, &active), word)| {
+                    let bits = word >> shift & 0xffff;
+                    move |old| if active { x.encode_at_random(bits) } else { old }
+                }));
+            }
         }
     }
 }
 
-/// Made only by `encode_where`, whose contract makes the run readable and writable.
-struct EncodeWhere<'a, T, C> {
-    ptr: *mut T,
-    run: Run,
-    source: &'a [C],
-    active: &'a [bool],
+impl<T: Element, C: Compute> EncodeRun<'_, T, C> {
+    /// Gives each element of the run what its function makes of it.
+    #[inline(always)]
+    fn put<F: FnOnce(T) -> T>(&self, news: impl Iterator<Item = F>) {
+        // SAFETY: the run starts inside the operand, as `encode`'s contract says.
+        let first = unsafe { self.ptr.offset(self.run.offset) };
+        if self.run.stride == 1 && first.is_aligned() {
+            let len = self.written.source.len();
+            // SAFETY: these are consecutive, aligned elements, ours by `encode`'s contract; scratch,
+            // which is read meanwhile, is memory of our own.
+            let target = unsafe { std::slice::from_raw_parts_mut(first, len) };
+            for (y, new) in target.iter_mut().zip(news) {
+                *y = new(*y);
+            }
+            return;
+        }
+        for (i, new) in news.enumerate() {
+            // SAFETY: element `i` of the run lies inside the operand.
+            let y = unsafe { first.offset(i as isize * self.run.stride) };
+            // SAFETY: it is readable; nothing is asked of its alignment.
+            let old = unsafe { y.read_unaligned() };
+            // SAFETY: it is writable.
+            unsafe { y.write_unaligned(new(old)) };
+        }
+    }
 }
 
-impl<T: Element, C: Compute> Kernel for EncodeWhere<'_, T, C> {
+struct RoundTo<'a, T, C> {
+    numbers: &'a mut [C],
+    dtype: PhantomData<T>,
+}
+
+impl<T: Element, C: Compute> Kernel for RoundTo<'_, T, C> {
     type Output = ();
 
     #[inline(always)]
     fn run(self) {
-        // SAFETY: the run starts inside the operand, as `encode_where`'s contract says.
-        let first = unsafe { self.ptr.offset(self.run.offset) };
-        if self.run.stride == 1 && first.is_aligned() {
-            // SAFETY: these are consecutive, aligned elements, ours by `encode_where`'s contract;
-            // scratch, which is read meanwhile, is memory of our own.
-            let target = unsafe { std::slice::from_raw_parts_mut(first, self.source.len()) };
-            for ((x, &active), y) in self.source.iter().zip(self.active).zip(target) {
-                *y = if active { x.encode() } else { *y };
-            }
-            return;
-        }
-        let all = self.source.iter().zip(self.active).enumerate();
-        for (i, (x, _)) in all.filter(|(_, (_, active))| **active) {
-            // SAFETY: element `i` of the run lies inside the operand.
-            let y = unsafe { first.offset(i as isize * self.run.stride) };
-            // SAFETY: it is writable; nothing is asked of its alignment.
-            unsafe { y.write_unaligned(x.encode()) };
+        for x in self.numbers {
+            *x = C::decode(x.encode::<T>());
         }
     }
 }

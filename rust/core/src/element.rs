@@ -16,6 +16,12 @@ pub enum DType {
     Bf16,
     /// 16-bit float with five bits of exponent.
     F16,
+    /// 8-bit float with a sign and four bits of exponent: a first moment in blocks with a scale.
+    E4M3,
+    /// 8-bit float with five bits of exponent and no sign: a second moment in blocks with a scale.
+    E5M3,
+    /// A power of two, the scale of such a block.
+    E8M0,
 }
 
 impl DType {
@@ -26,10 +32,17 @@ impl DType {
             Self::F64 => 8,
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+            Self::E4M3 | Self::E5M3 | Self::E8M0 => 1,
         }
     }
 
-    /// The name that torch and NumPy use.
+    /// Whether it means a number only together with a block's scale: no [`Element`].
+    #[must_use]
+    pub const fn is_blockwise(self) -> bool {
+        matches!(self, Self::E4M3 | Self::E5M3 | Self::E8M0)
+    }
+
+    /// The name that torch and NumPy use, where they have it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -37,6 +50,9 @@ impl DType {
             Self::F32 => "float32",
             Self::Bf16 => "bfloat16",
             Self::F16 => "float16",
+            Self::E4M3 => "8-bit float (E4M3)",
+            Self::E5M3 => "8-bit float (E5M3)",
+            Self::E8M0 => "scale (E8M0)",
         }
     }
 }
@@ -64,6 +80,10 @@ pub trait Convert: Copy {
     fn from_f32(x: f32) -> Self;
     /// Rounded where needed; a NaN stays one.
     fn from_f64(x: f64) -> Self;
+    /// Where the number lies between two of this type, the upper one (by magnitude) if `random`, of
+    /// 16 bits, says so: with the probability that makes it right on average. Types of more than 16
+    /// bits round to the nearest.
+    fn from_f32_at_random(x: f32, random: u32) -> Self;
 }
 
 macro_rules! elements {
@@ -93,6 +113,10 @@ impl Convert for f64 {
     fn from_f64(x: f64) -> Self {
         x
     }
+    #[inline(always)]
+    fn from_f32_at_random(x: f32, _: u32) -> Self {
+        x.into()
+    }
 }
 
 impl Convert for f32 {
@@ -111,6 +135,10 @@ impl Convert for f32 {
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
         x as f32
+    }
+    #[inline(always)]
+    fn from_f32_at_random(x: f32, _: u32) -> Self {
+        x
     }
 }
 
@@ -136,6 +164,12 @@ impl Convert for bf16 {
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
         Convert::from_f32(x as f32)
+    }
+    #[inline(always)]
+    fn from_f32_at_random(x: f32, random: u32) -> Self {
+        let chosen = x.to_bits().wrapping_add(random) >> 16;
+        let quiet = if x.is_nan() { 0x7fc0 } else { 0 };
+        Self::from_bits((chosen | quiet) as u16)
     }
 }
 
@@ -176,6 +210,24 @@ impl Convert for f16 {
     fn from_f64(x: f64) -> Self {
         Convert::from_f32(x as f32)
     }
+    #[inline(always)]
+    fn from_f32_at_random(x: f32, random: u32) -> Self {
+        let bits = x.to_bits() & 0x7fff_ffff;
+        let sign = x.to_bits() >> 16 & 0x8000;
+        // Below the least exponent there is no leading one: with that exponent added there is, and
+        // the last place is the same. Of the random bits so many are used as are dropped.
+        let least: u32 = 113 << 23;
+        let is_small = bits < least;
+        let led = if is_small {
+            f32::from_bits(bits) + f32::from_bits(least)
+        } else {
+            f32::from_bits(bits)
+        };
+        let kept = led.to_bits().wrapping_add(random >> 3) >> 13;
+        let finite = kept.wrapping_sub(if is_small { 113 << 10 } else { 112 << 10 }).min(0x7c00);
+        let nan = 0x7e00 | (bits >> 13 & 0x3ff);
+        Self::from_bits((sign | if bits > 0x7f80_0000 { nan } else { finite }) as u16)
+    }
 }
 
 /// The type that arithmetic runs in: `f64` where an operand is `f64`, else `f32`.
@@ -195,6 +247,7 @@ pub(crate) trait Compute:
     fn is_nan(self) -> bool;
     fn decode<T: Element>(x: T) -> Self;
     fn encode<T: Element>(self) -> T;
+    fn encode_at_random<T: Element>(self, random: u32) -> T;
     /// That of the two which is in this type.
     fn either<'a>(single: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]];
 }
@@ -223,6 +276,10 @@ impl Compute for f32 {
     #[inline(always)]
     fn encode<T: Element>(self) -> T {
         T::from_f32(self)
+    }
+    #[inline(always)]
+    fn encode_at_random<T: Element>(self, random: u32) -> T {
+        T::from_f32_at_random(self, random)
     }
     #[inline(always)]
     fn either<'a>(single: &'a [[f32; 2]], _: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
@@ -256,6 +313,14 @@ impl Compute for f64 {
         T::from_f64(self)
     }
     #[inline(always)]
+    fn encode_at_random<T: Element>(self, random: u32) -> T {
+        if T::DTYPE.size_of() > 2 {
+            T::from_f64(self)
+        } else {
+            T::from_f32_at_random(self as f32, random)
+        }
+    }
+    #[inline(always)]
     fn either<'a>(_: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
         double
     }
@@ -275,6 +340,55 @@ mod tests {
             let (x, y) = (f16::from_bits(bits), bf16::from_bits(bits));
             assert!(same(Convert::to_f32(x), f16::to_f32(x)), "{bits:#x}");
             assert!(same(Convert::to_f32(y), bf16::to_f32(y)), "{bits:#x}");
+        }
+    }
+
+    /// What lies between two numbers becomes the upper one for just so many of the random words as
+    /// its distance from the lower says; what is a number stays one for all.
+    #[test]
+    fn rounding_at_random_is_right_on_average() {
+        fn check<T: Element>(x: f32, lower: T, upper: T, up: u32, resolution: u32) {
+            for sign in [1.0f32, -1.0] {
+                let chosen = |random| Convert::to_f32(T::from_f32_at_random(sign * x, random));
+                let ups =
+                    (0..1 << 16).filter(|&random| chosen(random) == sign * upper.to_f32()).count();
+                let downs =
+                    (0..1 << 16).filter(|&random| chosen(random) == sign * lower.to_f32()).count();
+                assert_eq!(ups + downs, if up == 0 { 1 << 16 } else { ups + downs }, "{x:e}");
+                assert!(
+                    (ups as i64 - i64::from(up)).abs() <= i64::from(resolution),
+                    "{x:e}: {ups} for {up}"
+                );
+            }
+        }
+        let bf = |bits| bf16::from_bits(bits);
+        let between = |bits: u16, part: u32| f32::from_bits((u32::from(bits) << 16) + part);
+        for bits in [0x3f80, 0x0001, 0x0080, 0x7f00, 0x4049] {
+            for part in [1, 100, 0x8000, 0xffff] {
+                check(between(bits, part), bf(bits), bf(bits + 1), part, 0);
+            }
+        }
+        let half = |bits| f16::from_bits(bits);
+        for bits in [0x0001u16, 0x0002, 0x03ff, 0x0400, 0x3c00, 0x7000] {
+            let (low, high) = (Convert::to_f32(half(bits)), Convert::to_f32(half(bits + 1)));
+            for part in [0.125, 0.5, 0.75] {
+                let up = (part * 65536.0) as u32;
+                check(low + (high - low) * part, half(bits), half(bits + 1), up, 8);
+            }
+        }
+        for bits in 0..=u16::MAX {
+            for random in [0, 1, 0xffff] {
+                let (x, y) = (half(bits), bf(bits));
+                let stays = |a: f32, b: f32| assert!(same(a, b), "{a} {b}");
+                stays(
+                    Convert::to_f32(f16::from_f32_at_random(Convert::to_f32(x), random)),
+                    Convert::to_f32(x),
+                );
+                stays(
+                    Convert::to_f32(bf16::from_f32_at_random(Convert::to_f32(y), random)),
+                    Convert::to_f32(y),
+                );
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::bounds::Interval;
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Written};
 use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::parallel::{CHUNK, Plan};
@@ -114,7 +114,7 @@ unsafe fn clamp_span<C: Compute>(
         let values = unsafe { value.open(part.clone(), room, isa) };
         isa.run(ClampEach { values, min, max });
         // SAFETY: the same part and scratch.
-        unsafe { value.close(part, room, None, isa) };
+        unsafe { value.close(part.clone(), Written::all(&room[..part.len()]), isa) };
     }
 }
 
@@ -180,7 +180,7 @@ unsafe fn change_span<C: Compute>(
         let values = unsafe { side.open(part.clone(), scratch, isa) };
         change.apply(values, isa);
         // SAFETY: the same part and scratch.
-        unsafe { side.close(part, scratch, None, isa) };
+        unsafe { side.close(part.clone(), Written::all(&scratch[..part.len().min(BLOCK)]), isa) };
     }
 }
 

@@ -65,6 +65,7 @@
 //! list by itself calls the kernels below the store: [`adam_step`], [`sum_of_squares`], [`scale`],
 //! [`clamp`], and [`overlapping`] to check what it was given.
 
+mod blockwise;
 mod bounds;
 mod buffer;
 mod codec;
@@ -73,8 +74,10 @@ mod elementwise;
 mod entry;
 mod error;
 mod float_mode;
+mod fused;
 mod id;
 mod isa;
+mod kahan;
 mod layout;
 mod limits;
 mod norm;
@@ -82,8 +85,10 @@ mod operands;
 mod overlap;
 mod parallel;
 mod particulars;
+mod precision;
 mod prefetch;
 mod project;
+mod random;
 mod row_edit;
 mod rows;
 mod side;
@@ -94,6 +99,7 @@ mod update;
 mod values;
 mod varied;
 
+pub use blockwise::BLOCK_LEN;
 pub use bounds::Bounds;
 pub use buffer::{Buffer, Lender, Lent, OwnedBuffer};
 pub use element::{DType, Element};
@@ -108,8 +114,10 @@ pub use norm::{clip_coefficient, gradient_squares, sum_of_squares};
 pub use overlap::{Extent, overlapping, overlaps_itself};
 pub use parallel::Execution;
 pub use particulars::{Particulars, WhenBound};
+pub use precision::{Precision, Rounding, Scales};
 pub use prefetch::prefetch;
 pub use project::{NormLimit, Projection, project};
+pub use random::Stream;
 pub use row_edit::{NewValue, RowChange, Values};
 pub use rows::{Cohorts, RowSteps};
 pub use step::{Gradient, StepOptions, StepReport};

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
+use crate::codec::Written;
 use crate::element::Compute;
 use crate::layout::Steps;
 use crate::side::{Blocks, Side};
 use crate::update::Block;
-use crate::{AdamTask, Isa, Layout, StridedLayout};
+use crate::{AdamTask, Isa, Layout, Precision, StridedLayout};
 
 /// The sides of one task.
 pub(crate) struct Operands<'a> {
@@ -15,20 +16,36 @@ pub(crate) struct Operands<'a> {
     exp_avg: Side<'a>,
     exp_avg_sq: Side<'a>,
     max_exp_avg_sq: Option<Side<'a>>,
+    precision: Option<&'a Precision>,
 }
 
 impl<'a> Operands<'a> {
     pub(crate) fn new<C: Compute>(task: &'a AdamTask) -> Self {
         let side =
             |operand, strides: StridesOf| Side::new::<C>(operand, steps(&task.layout, strides));
+        let value = side(task.value, |layout| &layout.value);
+        let grad = Self::grad::<C>(task);
+        let precision = task.precision.as_deref();
+        if let Some(scales) = precision.and_then(|precision| precision.scales) {
+            let max = task.max_exp_avg_sq.zip(scales.max_exp_avg_sq);
+            return Self {
+                value,
+                grad,
+                exp_avg: Side::blockwise(task.exp_avg, scales.exp_avg),
+                exp_avg_sq: Side::blockwise(task.exp_avg_sq, scales.exp_avg_sq),
+                max_exp_avg_sq: max.map(|(max, scales)| Side::blockwise(max, scales)),
+                precision,
+            };
+        }
         Self {
-            value: side(task.value, |layout| &layout.value),
-            grad: Self::grad::<C>(task),
+            value,
+            grad,
             exp_avg: side(task.exp_avg, |layout| &layout.exp_avg),
             exp_avg_sq: side(task.exp_avg_sq, |layout| &layout.exp_avg_sq),
             max_exp_avg_sq: task
                 .max_exp_avg_sq
                 .map(|max| side(max, |layout| &layout.max_exp_avg_sq)),
+            precision,
         }
     }
 
@@ -63,10 +80,15 @@ impl<'a> Operands<'a> {
         blocks: &'b mut Blocks<C>,
         isa: Isa,
     ) -> Block<'b, C> {
-        let Blocks { value: a, grad: b, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e } = blocks;
+        let Blocks { value: a, grad: b, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e, .. } = blocks;
+        // SAFETY: the caller's contract: ours alone to read and write; `a` serves no other side.
+        let value = unsafe { self.value.open(part.clone(), a, isa) };
+        if let Some(precision) = self.precision {
+            // SAFETY: the caller's contract; the gradient comes into `b` only afterwards.
+            unsafe { precision.complete(part, (&mut *value, self.value.dtype()), b, isa) };
+        }
         Block {
-            // SAFETY: the caller's contract: ours alone to read and write; `a` serves no other side.
-            value: unsafe { self.value.open(part.clone(), a, isa) },
+            value,
             // SAFETY: the caller's contract: readable, and apart from what is written.
             grad: unsafe { self.grad.read(part.clone(), b, isa) },
             // SAFETY: as for the value.
@@ -88,14 +110,24 @@ impl<'a> Operands<'a> {
     pub(crate) unsafe fn close<C: Compute>(
         &self,
         part: &Range<usize>,
-        blocks: &Blocks<C>,
+        blocks: &mut Blocks<C>,
         active: Option<&[bool]>,
         isa: Isa,
     ) {
+        if self.in_place() {
+            return;
+        }
+        if let Some(precision) = self.precision {
+            let moments =
+                [Some(&self.exp_avg), Some(&self.exp_avg_sq), self.max_exp_avg_sq.as_ref()];
+            // SAFETY: the caller's contract.
+            return unsafe { precision.store((&self.value, moments), part, blocks, active, isa) };
+        }
         let Blocks { value: a, exp_avg: c, exp_avg_sq: d, max_exp_avg_sq: e, .. } = blocks;
         for (side, scratch) in self.written().zip([a, c, d, e]) {
+            let written = Written { source: &scratch[..part.len()], active, random: None };
             // SAFETY: the caller's contract.
-            unsafe { side.close(part.clone(), scratch, active, isa) };
+            unsafe { side.close(part.clone(), written, isa) };
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::side::{Blocks, Side, Varied};
 use crate::task::update_alike;
 use crate::update::Scalars;
 use crate::varied::{Corrections, Limits, VariedUpdate};
-use crate::{AdamTask, Isa, Projection, RowSteps, View};
+use crate::{AdamTask, DType, Isa, Projection, RowSteps, View};
 
 /// What differs from row to row, or from element to element, and what is done beyond the update.
 /// A task without any of it has none of these, and pays nothing.
@@ -62,6 +62,8 @@ impl Particulars {
 struct Bounding<'a> {
     min: Option<Side<'a>>,
     max: Option<Side<'a>>,
+    /// To which they are rounded before they are held.
+    dtype: Option<DType>,
     zero: bool,
     at_bound: Option<&'a AtomicUsize>,
 }
@@ -78,9 +80,12 @@ impl<'a> Bounding<'a> {
         }
         let side = |view: &'a View| Side::new::<C>(view.operand, view.layout.steps());
         let everywhere = |bound: Option<f64>| C::narrow(bound.unwrap_or(f64::NAN));
-        varied.min.fill(everywhere(task.bounds.min));
-        varied.max.fill(everywhere(task.bounds.max));
+        let bounds = task.bounds_to_hold();
+        varied.min.fill(everywhere(bounds.min));
+        varied.max.fill(everywhere(bounds.max));
+        let precision = task.precision.as_deref();
         Some(Self {
+            dtype: precision.and_then(|precision| precision.dtype_of_bounds(task.value.dtype)),
             min: particulars.min.as_ref().map(side),
             max: particulars.max.as_ref().map(side),
             zero: particulars.when_bound == WhenBound::ZeroMoment,
@@ -96,16 +101,19 @@ impl<'a> Bounding<'a> {
         (min, max): (&'b mut [C; BLOCK], &'b mut [C; BLOCK]),
         isa: Isa,
     ) -> Limits<'b, C> {
-        let min = match &self.min {
-            // SAFETY: the caller's contract: readable, and nobody writes it.
-            Some(side) => unsafe { side.read(part.clone(), min, isa) },
-            None => &min[..part.len()],
-        };
-        let max = match &self.max {
-            // SAFETY: as above.
-            Some(side) => unsafe { side.read(part.clone(), max, isa) },
-            None => &max[..part.len()],
-        };
+        let [min, max] = [(&self.min, min), (&self.max, max)].map(|(side, room)| {
+            match (side, self.dtype) {
+                (None, _) => &room[..part.len()],
+                // SAFETY: the caller's contract: readable, and nobody writes it.
+                (Some(side), None) => unsafe { side.read(part.clone(), room, isa) },
+                (Some(side), Some(dtype)) => {
+                    // SAFETY: as above.
+                    unsafe { side.copy(part.clone(), room, isa) };
+                    codec::round_to(dtype, &mut room[..part.len()], isa);
+                    &room[..part.len()]
+                }
+            }
+        });
         Limits { min, max, zero: self.zero }
     }
 
@@ -148,12 +156,21 @@ pub(crate) unsafe fn run_span<C: Compute>(
 ) {
     let bounding = Bounding::new(task, particulars, varied);
     let operands = Operands::new::<C>(task);
-    let scalars = Scalars::<C>::new(&task.scalars, task.bounds);
+    let scalars = Scalars::<C>::new(&task.scalars, task.bounds_to_hold());
     let mut work = Work { operands, rows: None, bounding, blocks, varied, isa };
     let Some(rows) = &particulars.rows else {
         // SAFETY: the caller's contract.
         return unsafe { work.update_blocks(span, &scalars) };
     };
+    if task.precision.as_ref().is_some_and(|precision| precision.scales.is_some()) {
+        // A scale's elements may be of several rows: they are worked on together.
+        work.rows = Some(rows);
+        for part in blocks_of(span) {
+            // SAFETY: the caller's contract.
+            unsafe { work.update_block(&part, &scalars) }
+        }
+        return;
+    }
     let mut rest = span;
     while !rest.is_empty() {
         let (stretch, end) = rows.rows().stretch(rest.clone());

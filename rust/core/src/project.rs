@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Written};
 use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::norm::sum_span_in;
@@ -310,7 +310,13 @@ impl<C: Compute> Holder<'_, C> {
         let values = unsafe { side.open(part.clone(), self.block, self.isa) };
         self.isa.run(HoldShort { values, len, limit, active });
         // SAFETY: the same part and scratch.
-        unsafe { side.close(part, self.block, active, self.isa) };
+        unsafe {
+            side.close(
+                part.clone(),
+                Written { source: &self.block[..part.len()], active, random: None },
+                self.isa,
+            )
+        };
     }
 
     /// Groups that lie side by side: one row of all of them after another.
@@ -352,7 +358,13 @@ impl<C: Compute> Holder<'_, C> {
             let values = unsafe { side.open(part.clone(), self.block, self.isa) };
             self.isa.run(ScaleColumns { values, factors, active });
             // SAFETY: the same part and scratch.
-            unsafe { side.close(part, self.block, active, self.isa) };
+            unsafe {
+                side.close(
+                    part.clone(),
+                    Written { source: &self.block[..part.len()], active, random: None },
+                    self.isa,
+                )
+            };
         }
     }
 }

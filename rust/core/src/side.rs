@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use crate::codec::{self, BLOCK};
+use crate::blockwise::{self, BLOCK_LEN};
+use crate::codec::{self, BLOCK, Written};
 use crate::element::Compute;
 use crate::isa::Isa;
 use crate::layout::Steps;
@@ -14,6 +15,8 @@ use crate::{DType, Operand};
 pub(crate) struct Side<'a> {
     operand: Operand,
     steps: Steps<'a>,
+    /// Of the blocks, where each shares one; the elements then lie in the order of the walk.
+    scales: Option<Operand>,
     pub in_place: bool,
 }
 
@@ -22,7 +25,13 @@ impl<'a> Side<'a> {
         let in_place = operand.dtype == C::DTYPE
             && matches!(steps, Steps::Dense)
             && operand.ptr.cast::<C>().is_aligned();
-        Self { operand, steps, in_place }
+        Self { operand, steps, scales: None, in_place }
+    }
+
+    /// 8-bit floats, dense in the order of the walk, and the scales of their blocks.
+    pub(crate) fn blockwise(operand: Operand, scales: Operand) -> Self {
+        debug_assert!(operand.dtype.is_blockwise() && scales.dtype == DType::E8M0);
+        Self { operand, steps: Steps::Dense, scales: Some(scales), in_place: false }
     }
 
     /// Asks for the first lines of some elements that lie one after another.
@@ -60,7 +69,7 @@ impl<'a> Side<'a> {
         if !self.in_place {
             let target = &mut scratch[..len];
             // SAFETY: the caller's contract.
-            unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+            unsafe { self.decode(span, target, isa) };
             return target;
         }
         // SAFETY: in place means dense and of type `C`; the caller says that `span` is readable.
@@ -81,7 +90,43 @@ impl<'a> Side<'a> {
     ) {
         let target = &mut scratch[..span.len()];
         // SAFETY: the caller's contract.
-        unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+        unsafe { self.decode(span, target, isa) };
+    }
+
+    /// # Safety
+    /// The elements `span` are readable, and nothing writes them meanwhile; there are as many targets.
+    #[inline]
+    unsafe fn decode<C: Compute>(&self, span: Range<usize>, target: &mut [C], isa: Isa) {
+        let Some(scales) = self.scales else {
+            // SAFETY: the caller's contract.
+            return unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+        };
+        // SAFETY: the caller's contract; a block's codes and its scale are readable together.
+        let (codes, scales) = unsafe { self.blocks(scales, &span) };
+        isa.run(blockwise::Decode { dtype: self.operand.dtype, codes, scales, target });
+    }
+
+    /// The codes of `span` and the scales of its blocks.
+    ///
+    /// # Safety
+    /// They are readable and writable, and no one else's while the slices live (or only readable,
+    /// if they are only read).
+    unsafe fn blocks<'b>(
+        &self,
+        scales: Operand,
+        span: &Range<usize>,
+    ) -> (&'b mut [u8], &'b mut [u8]) {
+        debug_assert!(span.start.is_multiple_of(BLOCK_LEN), "a block is worked on as a whole");
+        let first_scale = span.start / BLOCK_LEN;
+        let count = span.len().div_ceil(BLOCK_LEN);
+        // SAFETY: the caller's contract; the codes are dense, in the order of the walk.
+        let codes = unsafe {
+            std::slice::from_raw_parts_mut(self.operand.ptr.wrapping_add(span.start), span.len())
+        };
+        // SAFETY: as above; there is a scale for each block.
+        let scales =
+            unsafe { std::slice::from_raw_parts_mut(scales.ptr.wrapping_add(first_scale), count) };
+        (codes, scales)
     }
 
     /// The elements `span`, for reading and writing; `close` ends it.
@@ -99,7 +144,7 @@ impl<'a> Side<'a> {
         if !self.in_place {
             let target = &mut scratch[..len];
             // SAFETY: the caller's contract.
-            unsafe { codec::decode(self.operand, self.steps, span, target, isa) };
+            unsafe { self.decode(span, target, isa) };
             return target;
         }
         // SAFETY: in place means dense and of type `C`; the caller says that `span` is ours.
@@ -108,31 +153,30 @@ impl<'a> Side<'a> {
         unsafe { std::slice::from_raw_parts_mut(first, len) }
     }
 
-    /// Stores what was written to the slice that `open` gave; where `active` is false, nothing (in
-    /// place, the loop itself has left those elements as they were).
+    /// Stores what was written to the slice that `open` gave, which is the source of `written`. In
+    /// place there is nothing to do: the loop itself has left alone what is not active. Of blocks
+    /// that share a scale all elements are stored, for those that were left alone stay what they are.
     ///
     /// # Safety
     /// `open` was called with the same span and scratch, and what it asks for still holds.
     pub(crate) unsafe fn close<C: Compute>(
         &self,
         span: Range<usize>,
-        scratch: &[C; BLOCK],
-        active: Option<&[bool]>,
+        written: Written<'_, C>,
         isa: Isa,
     ) {
         if self.in_place {
             return;
         }
-        let source = &scratch[..span.len()];
-        match active {
+        let Some(scales) = self.scales else {
             // SAFETY: the caller's contract.
-            None => unsafe { codec::encode(self.operand, self.steps, span, source, isa) },
-            Some(active) => {
-                let source = (source, &active[..source.len()]);
-                // SAFETY: the caller's contract.
-                unsafe { codec::encode_where(self.operand, self.steps, span, source, isa) }
-            }
-        }
+            return unsafe { codec::encode(self.operand, self.steps, span, written, isa) };
+        };
+        // SAFETY: the caller's contract.
+        let (codes, scales) = unsafe { self.blocks(scales, &span) };
+        let random = written.random.expect("8-bit floats are rounded at random");
+        let (dtype, source) = (self.operand.dtype, written.source);
+        isa.run(blockwise::Encode { dtype, source, random, codes, scales });
     }
 }
 
@@ -152,6 +196,8 @@ pub(crate) struct Blocks<C> {
     pub exp_avg: [C; BLOCK],
     pub exp_avg_sq: [C; BLOCK],
     pub max_exp_avg_sq: [C; BLOCK],
+    /// Empty until something is rounded at random.
+    pub words: Vec<u32>,
 }
 
 impl<C: Compute> Default for Blocks<C> {
@@ -163,6 +209,7 @@ impl<C: Compute> Default for Blocks<C> {
             exp_avg: zeros(),
             exp_avg_sq: zeros(),
             max_exp_avg_sq: zeros(),
+            words: Vec::new(),
         }
     }
 }

@@ -250,6 +250,7 @@ impl Entry {
             scalars: adam.scalars(self.step as f64, 1.0),
             bounds: self.bounds,
             particulars: self.particulars(adam).map(Box::new),
+            precision: None,
         };
         (self.step, task)
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::codec::BLOCK;
 use crate::element::Compute;
+use crate::fused;
 use crate::operands::Operands;
 use crate::parallel::{CHUNK, Plan};
 use crate::particulars;
@@ -11,7 +12,8 @@ use crate::prefetch::{LINES, prefetch_start};
 use crate::side::{Blocks, Scratch, Varied};
 use crate::update::{Scalars, Update};
 use crate::{
-    AdamScalars, Bounds, DType, Execution, Isa, Layout, Operand, Particulars, Projection, project,
+    AdamScalars, Bounds, DType, Execution, Isa, Layout, Operand, Particulars, Precision,
+    Projection, project,
 };
 
 /// The update of one parameter.
@@ -35,6 +37,18 @@ pub struct AdamTask {
     pub bounds: Bounds,
     /// What is not the same for all elements; nearly always nothing.
     pub particulars: Option<Box<Particulars>>,
+    /// How the results are stored, if not each as its dtype's nearest number.
+    pub precision: Option<Box<Precision>>,
+}
+
+impl AdamTask {
+    /// The bounds, so that what holds before the value is stored holds afterwards, too.
+    pub(crate) fn bounds_to_hold(&self) -> Bounds {
+        match &self.precision {
+            Some(precision) => precision.bounds(self.bounds, self.value.dtype),
+            None => self.bounds,
+        }
+    }
 }
 
 /// Whether the tasks of one call may overlap in time.
@@ -59,6 +73,8 @@ pub enum Order {
 ///   gradient may be the very elements of its value (the same address, dtype and strides), and with
 ///   [`Order::InSequence`] different tasks may share anything.
 /// * Bounds of each element are readable at every element, and rows are as many as the layout has.
+/// * What a [`Precision`] names is as the moments are: a compensation at every element of the task,
+///   8-bit floats one after another, a scale for every 128 of them begun.
 /// * No other thread writes what is read here, or reads or writes what is written.
 ///
 /// ```
@@ -78,6 +94,7 @@ pub enum Order {
 ///     scalars: Adam { lr: 0.1, ..Adam::default() }.scalars(1.0, 1.0),
 ///     bounds: Bounds::default(),
 ///     particulars: None,
+///     precision: None,
 /// };
 /// // SAFETY: four arrays of two elements, disjoint, and alive until the end.
 /// unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
@@ -143,7 +160,8 @@ unsafe fn run_span(task: &AdamTask, span: Range<usize>, scratch: &mut Scratch, i
         let (blocks, varied) = (scratch.double.get_or_insert_default(), &mut scratch.double_varied);
         // SAFETY: the caller's contract.
         unsafe { run_span_in::<f64>(task, span, blocks, varied, isa) }
-    } else {
+    // SAFETY: the caller's contract.
+    } else if !unsafe { fused::run_span(task, &span, isa) } {
         let (blocks, varied) = (scratch.single.get_or_insert_default(), &mut scratch.single_varied);
         // SAFETY: the caller's contract.
         unsafe { run_span_in::<f32>(task, span, blocks, varied, isa) }
@@ -164,7 +182,7 @@ unsafe fn run_span_in<C: Compute>(
         // SAFETY: the caller's contract.
         return unsafe { particulars::run_span(task, particulars, span, room, isa) };
     }
-    let scalars = Scalars::<C>::new(&task.scalars, task.bounds);
+    let scalars = Scalars::<C>::new(&task.scalars, task.bounds_to_hold());
     // SAFETY: the caller's contract.
     unsafe { update_alike(&Operands::new::<C>(task), span, &scalars, blocks, isa) }
 }

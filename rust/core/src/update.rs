@@ -241,7 +241,7 @@ impl<C: Compute> Scalars<C> {
 
     /// The new value of one element.
     #[inline(always)]
-    fn value(&self, value: C, exp_avg: C, second_moment: C) -> C {
+    pub(crate) fn value(&self, value: C, exp_avg: C, second_moment: C) -> C {
         self.bounds.clamp(self.moved(value, exp_avg, second_moment, self.correction()))
     }
 

@@ -84,6 +84,7 @@ impl Case {
             scalars: self.adam.scalars(self.step, self.coefficient),
             bounds: self.bounds,
             particulars: None,
+            precision: None,
         }
     }
 

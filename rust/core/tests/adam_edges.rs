@@ -28,7 +28,7 @@ proptest! {
             let task = AdamTask {
                 value: operand(&mut value), grad: operand(&mut grad), exp_avg: operand(&mut m), exp_avg_sq: operand(&mut v),
                 max_exp_avg_sq: maximal.then(|| operand(&mut max)), layout: Layout::Flat { len: 1 },
-                scalars: adam.scalars(f64::from(t), 1.0), bounds: Bounds::default(), particulars: None,
+                scalars: adam.scalars(f64::from(t), 1.0), bounds: Bounds::default(), particulars: None, precision: None,
             };
             // SAFETY: arrays of one element each, alive until the end.
             unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
@@ -68,6 +68,7 @@ fn one_parameter_listed_often_in_sequence_steps_as_often_as_in_calls_of_its_own(
             scalars: adam.scalars(f64::from(step), 1.0),
             bounds: Bounds::default(),
             particulars: None,
+            precision: None,
         };
         let tasks: Vec<AdamTask> = (1..=STEPS).map(task).collect();
         let execution = Execution::new(NonZeroUsize::new(7).unwrap());
@@ -96,6 +97,7 @@ fn a_gradient_that_is_its_own_value_is_read_before_it_is_written() {
             scalars: Adam { lr: 0.1, ..Adam::default() }.scalars(1.0, 1.0),
             bounds: Bounds::default(),
             particulars: None,
+            precision: None,
         };
         // SAFETY: three vectors that live until the end; the gradient is the value.
         unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
@@ -125,6 +127,7 @@ fn memory_off_its_alignment_is_updated_all_the_same() {
         scalars: Adam { lr: 0.1, ..Adam::default() }.scalars(1.0, 1.0),
         bounds: Bounds::default(),
         particulars: None,
+        precision: None,
     };
     // SAFETY: four disjoint runs of nine elements inside `bytes`.
     unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
@@ -147,6 +150,7 @@ fn an_empty_parameter_may_have_a_null_address() {
         scalars: Adam::default().scalars(1.0, 1.0),
         bounds: Bounds::default(),
         particulars: None,
+        precision: None,
     };
     let strides = || vec![0, 1];
     let strided = Layout::Strided(Box::new(StridedLayout {

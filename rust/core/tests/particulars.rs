@@ -159,6 +159,7 @@ impl Case {
             scalars: self.adam.scalars(self.step, self.coefficient),
             bounds: self.bounds,
             particulars: Some(Box::new(particulars)),
+            precision: None,
         }
     }
 
@@ -405,6 +406,7 @@ fn a_nan_in_a_skipped_row_keeps_its_very_bits() {
             rows: Some(RowSteps::new(1, cohorts, &adam, 1.0)),
             ..Particulars::default()
         })),
+        precision: None,
     };
     for execution in executions() {
         // SAFETY: four buffers of two elements that live until the end.

@@ -81,6 +81,7 @@ fn assert_close(actual: &OwnedBuffer, expected: &OwnedBuffer, case: &Case) {
         DType::F32 => 3e-7,
         DType::Bf16 => 1.6e-2,
         DType::F16 => 2e-3,
+        other => unreachable!("{other}"),
     };
     for (index, offset) in case.elements() {
         let (a, b) = (get(actual, offset), get(expected, offset));

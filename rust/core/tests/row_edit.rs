@@ -148,6 +148,7 @@ fn stepped((value, moments, step): &Row, grad: &[f32], adam: &Adam) -> Row {
         scalars: adam.scalars((step + 1) as f64, 1.0),
         bounds: Bounds::default(),
         particulars: None,
+        precision: None,
     };
     // SAFETY: vectors of as many elements, which live until the end.
     unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };

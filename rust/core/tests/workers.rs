@@ -30,6 +30,7 @@ fn steps(threads: usize, tiny: f32) -> Vec<u32> {
         scalars: Adam::default().scalars(1.0, 1.0),
         bounds: Bounds::default(),
         particulars: None,
+        precision: None,
     };
     let execution = Execution::new(NonZeroUsize::new(threads).unwrap());
     // SAFETY: four buffers of their own, alive until the end.

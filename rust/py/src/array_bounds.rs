@@ -25,7 +25,8 @@ pub fn set(py: Python<'_>, store: &Store, id: ParamId, sides: Sides<'_>) -> PyRe
     match array::describe(target.as_any(), "the value", Access::Read)?.operand.dtype {
         DType::F64 => of_each::<f64>(py, store, id, sides, &target),
         DType::F16 => of_each::<f16>(py, store, id, sides, &target),
-        DType::F32 | DType::Bf16 => of_each::<f32>(py, store, id, sides, &target),
+        // No array is of the others.
+        _ => of_each::<f32>(py, store, id, sides, &target),
     }
 }
 

@@ -66,7 +66,7 @@ impl Copied {
             DType::F64 => elements(buffer).map(Self::F64),
             DType::F32 => elements(buffer).map(Self::F32),
             DType::F16 => elements(buffer).map(Self::F16),
-            DType::Bf16 => None,
+            DType::Bf16 | DType::E4M3 | DType::E5M3 | DType::E8M0 => None,
         }
     }
 

@@ -29,6 +29,8 @@ pub struct Findings<'py> {
     pub tasks: Vec<AdamTask>,
     pub counters: Vec<Counter>,
     pub origins: Vec<Origin<'py>>,
+    /// What moments in 8 bits consist of, kept alive until the step is done.
+    pub codes: Vec<Bound<'py, PyAny>>,
     pub missing: Vec<Place>,
     pub retyped: Vec<Place>,
     pub elsewhere: Vec<Place>,

@@ -23,9 +23,9 @@ pub fn lend(
         .filter(|origin| origin.is_new)
         .map(|origin| {
             let value = roster.rows[origin.row].parameter.clone_ref(py);
-            let [step, m, v, max] =
+            let [step, m, v, max, compensation] =
                 std::mem::take(&mut origin.moments).map(|m| m.map(Bound::unbind));
-            (origin.row, [Some(value), step, m, v, max])
+            (origin.row, [Some(value), step, m, v, max, compensation])
         })
         .collect();
     if changed.is_empty() {

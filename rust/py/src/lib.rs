@@ -23,6 +23,7 @@ mod lookup;
 mod memory;
 mod outcome;
 mod particular;
+mod precision;
 mod reading;
 mod roster;
 mod running;
@@ -49,6 +50,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<outcome::Outcome>()?;
     module.add_class::<outcome::Problem>()?;
     module.add_function(wrap_pyfunction!(tensor::connect, module)?)?;
+    module.add_function(wrap_pyfunction!(tensor::connect_blockwise, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::sum_of_squares, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::scale_, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::overlapping, module)?)?;

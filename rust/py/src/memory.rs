@@ -4,7 +4,7 @@
 //! of addresses and layouts that it was found for, and holds while each step brings the very same list. Nothing else of
 //! an earlier step is ever used. Gradients are new on each step: see `gradients`.
 
-use paramstate::{AdamTask, Layout, Operand, Order};
+use paramstate::{AdamTask, Layout, Operand, Order, Precision, Rounding};
 
 use crate::findings::Findings;
 use crate::outcome::Problem;
@@ -34,6 +34,20 @@ pub fn written(task: &AdamTask) -> impl Iterator<Item = (usize, Operand)> {
     [(0, task.value), (2, task.exp_avg), (3, task.exp_avg_sq)]
         .into_iter()
         .chain(task.max_exp_avg_sq.map(|operand| (4, operand)))
+        .chain(task.precision.iter().flat_map(|precision| of_precision(precision)))
+}
+
+/// What is written besides value and moments: the moments' scales, and what rounding left over.
+pub fn of_precision(precision: &Precision) -> impl Iterator<Item = (usize, Operand)> {
+    let left_over = match &precision.value {
+        Rounding::Kahan(view) => Some((5, view.operand)),
+        Rounding::Nearest | Rounding::Stochastic => None,
+    };
+    let scales = precision.scales.iter().flat_map(|scales| {
+        let max = scales.max_exp_avg_sq.map(|operand| (4, operand));
+        [(2, scales.exp_avg), (3, scales.exp_avg_sq)].into_iter().chain(max)
+    });
+    left_over.into_iter().chain(scales)
 }
 
 impl Memory {
@@ -61,6 +75,11 @@ impl Memory {
             task.max_exp_avg_sq.map_or(0, |operand| operand.ptr.addr()),
             counter.ptr.addr(),
         ]);
+        if let Some(precision) = &task.precision {
+            for (key, operand) in of_precision(precision) {
+                self.compare(&[key, operand.ptr.addr()]);
+            }
+        }
         if let Some(layout) = strided {
             self.compare(&layout.shape);
             for strides in

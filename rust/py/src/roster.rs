@@ -17,7 +17,7 @@ use crate::state::NAMES;
 use crate::store::Store;
 
 /// Under which keys the store is lent the tensors of a `Row`.
-pub const KEYS: [&str; 5] = ["value", NAMES[0], NAMES[1], NAMES[2], NAMES[3]];
+pub const KEYS: [&str; 6] = ["value", NAMES[0], NAMES[1], NAMES[2], NAMES[3], NAMES[4]];
 
 /// One parameter.
 pub struct Row {
@@ -26,17 +26,20 @@ pub struct Row {
     pub bounds: Bounds,
     /// Where something was declared for it: the place among the declarations.
     pub declared: Option<usize>,
+    /// The dtype of the first moment, where one is declared.
+    pub stored_as: Option<DType>,
     /// The value's dtype at its last step.
     pub dtype: Option<DType>,
     /// The addresses of the objects that the store was lent under `KEYS`; 0 for none. They are compared, never
     /// followed: as long as the store's revision is the remembered one, the store keeps these objects alive, so an
     /// address here is the address of that object and of no later one.
-    pub lent: [usize; 5],
+    pub lent: [usize; 6],
 }
 
 impl Row {
     fn new(parameter: Py<PyAny>, id: ParamId) -> Self {
-        Self { parameter, id, bounds: Bounds::default(), declared: None, dtype: None, lent: [0; 5] }
+        let (bounds, stored_as) = (Bounds::default(), None);
+        Self { parameter, id, bounds, declared: None, stored_as, dtype: None, lent: [0; 6] }
     }
 }
 
@@ -83,6 +86,33 @@ impl Roster {
         Ok(roster)
     }
 
+    /// Sets in what dtype moments are kept, for each parameter in turn; `None` leaves that open.
+    pub fn store_as(&mut self, dtypes: &[Option<String>]) -> PyResult<()> {
+        if dtypes.len() != self.rows.len() {
+            return Err(PyValueError::new_err(format!(
+                "{} parameters came with {} dtypes of moments",
+                self.rows.len(),
+                dtypes.len()
+            )));
+        }
+        for (row, name) in self.rows.iter_mut().zip(dtypes) {
+            row.stored_as = match name.as_deref() {
+                None => None,
+                Some("float64") => Some(DType::F64),
+                Some("float32") => Some(DType::F32),
+                Some("bfloat16") => Some(DType::Bf16),
+                Some("float16") => Some(DType::F16),
+                Some("8bit") => Some(DType::E4M3),
+                Some(other) => {
+                    return Err(PyValueError::new_err(format!(
+                        "moments are not kept as {other:?}"
+                    )));
+                }
+            };
+        }
+        Ok(())
+    }
+
     /// Looks up what is declared for each parameter.
     pub fn link(&mut self, declarations: &Declarations) {
         for row in &mut self.rows {
@@ -126,7 +156,7 @@ impl Roster {
         }
         self.revision = Some(inner.revision());
         for row in &mut self.rows {
-            row.lent = [0; 5];
+            row.lent = [0; 6];
             row.bounds = inner.core.bounds(row.id).unwrap_or_default();
         }
     }
@@ -137,7 +167,7 @@ impl Roster {
         &mut self,
         loans: &mut Loans,
         index: usize,
-        objects: [Option<Py<PyAny>>; 5],
+        objects: [Option<Py<PyAny>>; 6],
         returned: &mut Vec<Loan>,
     ) -> Result<(), Error> {
         let row = &mut self.rows[index];

@@ -34,8 +34,10 @@ impl Counter {
 
     /// Whether a tensor is one number that can be counted in without losing counts.
     pub fn can_count(step: &Reading<'_>) -> bool {
-        let is_short =
-            matches!(step.element, Element::Float(DType::Bf16 | DType::F16) | Element::Bool);
+        let is_short = matches!(
+            step.element,
+            Element::Float(DType::Bf16 | DType::F16) | Element::Bool | Element::Byte
+        );
         step.len == 1 && !is_short
     }
 
@@ -59,7 +61,7 @@ impl Counter {
             Element::Float(DType::F64) => unsafe { self.ptr.cast::<f64>().read_unaligned() },
             // SAFETY: the caller's contract, and `can_count` leaves float32 alone of the others.
             Element::Float(_) => unsafe { self.ptr.cast::<f32>().read_unaligned().into() },
-            Element::Bool => unreachable!("`can_count` refuses it"),
+            Element::Bool | Element::Byte => unreachable!("`can_count` refuses them"),
         }
     }
 
@@ -102,7 +104,7 @@ impl Counter {
                 unsafe { at.write_unaligned(next) };
                 next.into()
             }
-            Element::Bool => unreachable!("`can_count` refuses it"),
+            Element::Bool | Element::Byte => unreachable!("`can_count` refuses them"),
         }
     }
 }
@@ -170,6 +172,9 @@ impl Run<'_> {
                     // SAFETY: the caller's contract.
                     unsafe { self.agings[aging].age() };
                 }
+            }
+            if let Some(precision) = &mut task.precision {
+                precision.stream.at_step(step as i64 as u64);
             }
         }
         // SAFETY: the caller's contract.

@@ -7,7 +7,9 @@
 
 use std::collections::HashMap;
 
-use paramstate::{AdamTask, Extent, Layout, Operand, Order, overlapping};
+use paramstate::{
+    AdamTask, BLOCK_LEN, DType, Extent, Layout, Operand, Order, Rounding, ViewLayout, overlapping,
+};
 
 use crate::findings::Findings;
 use crate::memory::{Verdict, written};
@@ -23,6 +25,7 @@ pub struct Member {
 
 pub const VALUE: usize = 0;
 pub const STEP: usize = 1;
+const LEFT_OVER: usize = 5;
 
 /// All that is written. The very same flat memory stands here once however often it is used, or one tensor that all
 /// parameters share would make a pair of every two of them.
@@ -132,8 +135,21 @@ fn problem(findings: &Findings<'_>, kind: &'static str, a: Member, b: Member) ->
 
 pub fn extent(task: &AdamTask, key: usize, operand: Operand) -> Extent {
     let (start, itemsize) = (operand.ptr.addr(), operand.dtype.size_of());
+    let dense = |len| Extent { start, itemsize, shape: vec![len], strides: vec![1] };
     match &task.layout {
-        Layout::Flat { len } => Extent { start, itemsize, shape: vec![*len], strides: vec![1] },
+        _ if operand.dtype == DType::E8M0 => dense(task.layout.len().div_ceil(BLOCK_LEN)),
+        _ if operand.dtype.is_blockwise() => dense(task.layout.len()),
+        Layout::Flat { len } => dense(*len),
+        Layout::Strided(layout) if key == LEFT_OVER => {
+            let strides = match task.precision.as_ref().map(|precision| &precision.value) {
+                Some(Rounding::Kahan(view)) => match &view.layout {
+                    ViewLayout::Strided { strides, .. } => strides.clone(),
+                    ViewLayout::Flat { .. } => paramstate::row_major(&layout.shape),
+                },
+                _ => unreachable!("nothing else is written under this key"),
+            };
+            Extent { start, itemsize, shape: layout.shape.clone(), strides }
+        }
         Layout::Strided(layout) => {
             let strides = [
                 &layout.value,

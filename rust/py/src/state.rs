@@ -82,14 +82,14 @@ impl Cursor {
     }
 }
 
-/// torch's names of the state tensors, in the order of `Moments`.
-pub const NAMES: [&str; 4] = ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"];
+/// The names of the state tensors, in the order of `Moments`: torch's, and what a value's rounding left over.
+pub const NAMES: [&str; 5] = ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "compensation"];
 
 /// The names as Python strings: the very objects that a literal in Python code is.
-pub struct Names([Py<PyString>; 4]);
+pub struct Names([Py<PyString>; 5]);
 
 /// What one parameter's inner dict holds under torch's names.
-pub type Moments<'py> = [Option<Bound<'py, PyAny>>; 4];
+pub type Moments<'py> = [Option<Bound<'py, PyAny>>; 5];
 
 impl Names {
     pub fn new(py: Python<'_>) -> Self {
@@ -99,7 +99,7 @@ impl Names {
     /// Reads the entries by identity of their keys, and by look-up where a key is an equal string but another object (as
     /// after unpickling).
     pub fn read<'py>(&self, inner: &Bound<'py, PyDict>) -> PyResult<Moments<'py>> {
-        let mut moments: Moments<'py> = [None, None, None, None];
+        let mut moments = Moments::default();
         let (mut position, mut strangers) = (0, false);
         while let Some(entry) = entry_at(inner, position) {
             position = entry.next;

@@ -91,37 +91,96 @@ impl Store {
         Ok(id.get())
     }
 
-    /// The ID of a name. Raises KeyError with the nearest names where there is none.
+    /// The ID of a name.
+    ///
+    /// Raises:
+    ///     KeyError: nothing is called so; the message has the nearest names.
+    ///
+    /// >>> store = Store()
+    /// >>> store.register("weight", np.zeros(3), id=7)
+    /// 7
+    /// >>> store.id("weight")
+    /// 7
     fn id(&self, py: Python<'_>, name: String) -> PyResult<u64> {
         self.find(py, &Key::Name(name)).map(ParamId::get)
     }
 
     /// The names of an ID: the main name first, then its aliases.
+    ///
+    /// Raises:
+    ///     KeyError: the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("encoder.weight", id=7)
+    /// >>> store.alias(7, "decoder.weight")
+    /// >>> store.names(7)
+    /// ['encoder.weight', 'decoder.weight']
     fn names(&self, py: Python<'_>, id: u64) -> PyResult<Vec<String>> {
         let id = self.find(py, &Key::Id(id))?;
         let names = self.lock(py).core.names(id).map(<[String]>::to_vec);
         names.map_err(to_python)
     }
 
-    /// Adds a name. Raises ValueError where it is taken.
+    /// Adds a name, as a tied parameter has several.
+    ///
+    /// Raises:
+    ///     KeyError: the ID is unknown.
+    ///     ValueError: the name is taken.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("encoder.weight", id=7)
+    /// >>> store.alias(7, "decoder.weight")
+    /// >>> store.id("decoder.weight")
+    /// 7
     fn alias(&self, py: Python<'_>, id: u64, name: &str) -> PyResult<()> {
         let id = self.find(py, &Key::Id(id))?;
         self.lock(py).core.alias(id, name).map_err(to_python)
     }
 
-    /// Changes a name; the ID stays. Raises KeyError for an unknown name, ValueError for one that is taken.
+    /// Changes a name; the ID stays, and with it the state.
+    ///
+    /// Raises:
+    ///     KeyError: the old name is unknown.
+    ///     ValueError: the new one is taken.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("fc.weight", id=7)
+    /// >>> store.rename("fc.weight", "head.weight")
+    /// >>> store.ids()
+    /// {'head.weight': 7}
     fn rename(&self, py: Python<'_>, old: String, new: &str) -> PyResult<()> {
         self.find(py, &Key::Name(old.clone()))?;
         self.lock(py).core.rename(&old, new).map_err(to_python)
     }
 
-    /// Takes one name away; the ID stays. Raises KeyError for an unknown name.
+    /// Takes one name away; the ID stays.
+    ///
+    /// Raises:
+    ///     KeyError: the name is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("encoder.weight", id=7)
+    /// >>> store.alias(7, "decoder.weight")
+    /// >>> store.unalias("encoder.weight")
+    /// >>> store.names(7)
+    /// ['decoder.weight']
     fn unalias(&self, py: Python<'_>, name: String) -> PyResult<()> {
         self.find(py, &Key::Name(name.clone()))?;
         self.lock(py).core.unalias(&name).map_err(to_python)
     }
 
     /// The keys under which something is kept for a parameter: "value", and the names of state tensors.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.keys("w")
+    /// ['value']
+    /// >>> store.step({"w": np.ones(2)})
+    /// >>> sorted(store.keys("w"))
+    /// ['exp_avg', 'exp_avg_sq', 'value']
     fn keys(&self, py: Python<'_>, key: Key) -> PyResult<Vec<String>> {
         let id = self.find(py, &key)?;
         let loans = self.lock(py);
@@ -130,6 +189,15 @@ impl Store {
     }
 
     /// Forgets a parameter with all its names and its state. The array stays as it is.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.remove("w")
+    /// >>> "w" in store, len(store)
+    /// (False, 0)
     fn remove(&self, py: Python<'_>, key: Key) -> PyResult<()> {
         let id = self.find(py, &key)?;
         let removed = {
@@ -141,6 +209,11 @@ impl Store {
     }
 
     /// Every name with its ID, aliases too, in the order of registration.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", id=7), store.register("b", id=8)
+    /// >>> store.ids()
+    /// {'w': 7, 'b': 8}
     fn ids(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
         let names = all_names(&self.lock(py));
         let ids = PyDict::new(py);
@@ -165,6 +238,18 @@ impl Store {
     }
 
     /// Where a buffer lies now; None where the parameter has no such buffer in the host's memory.
+    ///
+    /// Args:
+    ///     key: a name or an ID.
+    ///     name: "value", or the name of a state tensor.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store, weight = Store(), np.zeros(2)
+    /// >>> _ = store.register("w", weight)
+    /// >>> store.address("w") == weight.ctypes.data, store.address("w", "exp_avg")
+    /// (True, None)
     #[pyo3(signature = (key, name="value"))]
     fn address(&self, py: Python<'_>, key: Key, name: &str) -> PyResult<Option<usize>> {
         let id = self.find(py, &key)?;
@@ -174,6 +259,18 @@ impl Store {
     }
 
     /// The object that lends a buffer (an array, or a tensor); None where the store owns it or there is none.
+    ///
+    /// Args:
+    ///     key: a name or an ID.
+    ///     name: "value", or the name of a state tensor.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store, weight = Store(), np.zeros(2)
+    /// >>> _ = store.register("w", weight)
+    /// >>> store.lent("w", "value") is weight
+    /// True
     fn lent(&self, py: Python<'_>, key: Key, name: &str) -> PyResult<Option<Py<PyAny>>> {
         let id = self.find(py, &key)?;
         let loan = self.lock(py).loan(id, name).cloned();
@@ -181,6 +278,14 @@ impl Store {
     }
 
     /// The bytes of all buffers, lent ones included; of one parameter, or of all.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2)), store.register("b", np.zeros(1))
+    /// >>> store.memory_bytes("w"), store.memory_bytes()
+    /// (16, 24)
     #[pyo3(signature = (key=None))]
     fn memory_bytes(&self, py: Python<'_>, key: Option<Key>) -> PyResult<usize> {
         let Some(key) = key else { return Ok(self.lock(py).core.memory_bytes()) };
@@ -191,11 +296,19 @@ impl Store {
     /// Declares bounds that hold from now on: after every step, and for a registered array at once.
     ///
     /// Args:
+    ///     key: a name or an ID.
     ///     min, max: numbers, or for a registered array an array that broadcasts to its shape: then each element has
     ///         bounds of its own. None means no bound.
     ///
     /// Raises:
+    ///     KeyError: the name or the ID is unknown.
     ///     ValueError: a bound is NaN, min is greater than max, or an array does not broadcast.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([-2.0, 0.5]))
+    /// >>> store.set_bounds("w", 0.0, None)
+    /// >>> store.value("w")
+    /// array([0. , 0.5])
     fn set_bounds(
         &self,
         py: Python<'_>,
@@ -208,6 +321,15 @@ impl Store {
     }
 
     /// The declared bounds, (min, max); None means no bound, or one of each element.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.set_bounds("w", -1.0, None)
+    /// >>> store.bounds("w")
+    /// (-1.0, None)
     fn bounds(&self, py: Python<'_>, key: Key) -> PyResult<(Option<f64>, Option<f64>)> {
         let id = self.find(py, &key)?;
         let bounds = self.lock(py).core.bounds(id).map_err(to_python)?;
@@ -215,18 +337,49 @@ impl Store {
     }
 
     /// Copies of the bounds of each element, (min, max), in the value's shape; None where there are none.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros((2, 2)))
+    /// >>> store.set_bounds("w", np.array([0.0, -1.0]), None)
+    /// >>> store.element_bounds("w")
+    /// (array([[ 0., -1.],
+    ///        [ 0., -1.]]), None)
     fn element_bounds(&self, py: Python<'_>, key: Key) -> PyResult<array_bounds::Arrays> {
         let id = self.find(py, &key)?;
         array_bounds::get(py, self, id)
     }
 
-    /// The array that was registered. Raises KeyError where the parameter has none.
+    /// The array that was registered; after a change of rows, the one that took its place.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown, or the parameter has no array.
+    ///
+    /// >>> store, weight = Store(), np.zeros(2)
+    /// >>> _ = store.register("w", weight)
+    /// >>> store.value("w") is weight
+    /// True
     fn value(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyUntypedArray>> {
         let id = self.find(py, &key)?;
         Ok(arrays::value(py, self, id)?.unbind())
     }
 
-    /// Copies of the state tensors under torch's names, "step" as a float; {} where there was no step yet.
+    /// Copies of the state tensors under torch's names, of the value's shape and dtype, and "step" as a float.
+    ///
+    /// It is {} where there was no step yet.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.state("w")
+    /// {}
+    /// >>> store.step({"w": np.array([1.0, -2.0])})
+    /// >>> store.state("w")["step"], store.state("w")["exp_avg"]
+    /// (1.0, array([ 0.1, -0.2]))
     fn state(&self, py: Python<'_>, key: Key) -> PyResult<Py<PyDict>> {
         let id = self.find(py, &key)?;
         Ok(arrays::state(py, self, id)?.unbind())
@@ -334,6 +487,10 @@ impl Store {
     ///     mask: one bool for each row.
     ///     dim: the dimension of the rows.
     ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown.
+    ///     ValueError: the mask is not as long as there are rows, or there is no such dimension. Nothing was changed then.
+    ///
     /// >>> store = Store()
     /// >>> _ = store.register("w", np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     /// >>> store.keep_rows(["w"], [True, False, True])
@@ -353,6 +510,10 @@ impl Store {
 
     /// Puts these rows in the place of all, in this order; a row may be there more than once. See `keep_rows`.
     ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown.
+    ///     ValueError: a row is not there. Nothing was changed then.
+    ///
     /// >>> store = Store()
     /// >>> _ = store.register("w", np.array([1.0, 2.0, 3.0]))
     /// >>> store.gather_rows(["w"], [2, 0, 0])
@@ -370,7 +531,17 @@ impl Store {
         array_rows::gather(py, self, &keys, &index, dim)
     }
 
-    /// As `gather_rows`, where every row has to be there once; raises ValueError otherwise.
+    /// As `gather_rows`, where every row has to be there once.
+    ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown.
+    ///     ValueError: a row is left out, or named twice. Nothing was changed then.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.array([1.0, 2.0, 3.0]))
+    /// >>> store.permute_rows(["w"], [2, 0, 1])
+    /// >>> store.value("w")
+    /// array([3., 1., 2.])
     #[pyo3(signature = (keys, order, *, dim=0))]
     fn permute_rows(
         &self,
@@ -384,6 +555,17 @@ impl Store {
     }
 
     /// Resets the state of these rows: their next step is a first step, bias correction included. The values stay.
+    ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown.
+    ///     ValueError: a row is not there. Nothing was changed then.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(3))
+    /// >>> store.step({"w": np.ones(3)})
+    /// >>> store.reset_rows(["w"], [1])
+    /// >>> store.row_steps("w")
+    /// [1, 0, 1]
     #[pyo3(signature = (keys, rows, *, dim=0))]
     fn reset_rows(
         &self,
@@ -402,6 +584,10 @@ impl Store {
     ///     rows: from names or IDs to arrays of the value's dtype, all of as many rows.
     ///     dim: the dimension of the rows.
     ///
+    /// Raises:
+    ///     KeyError: a name or an ID is unknown.
+    ///     ValueError: rows do not have the shape of those that are there. Nothing was changed then.
+    ///
     /// >>> store = Store()
     /// >>> _ = store.register("w", np.array([1.0]))
     /// >>> store.step({"w": np.array([5.0])})
@@ -414,6 +600,18 @@ impl Store {
     }
 
     /// The steps that each row has taken; None where all have taken as many as the parameter.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.step({"w": np.ones(2)})
+    /// >>> store.row_steps("w") is None
+    /// True
+    /// >>> store.append_rows({"w": np.zeros(1)})
+    /// >>> store.row_steps("w")
+    /// [1, 1, 0]
     fn row_steps(&self, py: Python<'_>, key: Key) -> PyResult<Option<Vec<u64>>> {
         let id = self.find(py, &key)?;
         let steps = self.lock(py).core.row_steps(id).map_err(to_python)?;
@@ -421,24 +619,63 @@ impl Store {
     }
 
     /// Freezes a parameter: a step treats it as if it had no gradient, until `unfreeze`.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.freeze("w")
+    /// >>> store.step({"w": np.ones(2)})
+    /// >>> store.value("w")
+    /// array([0., 0.])
     fn freeze(&self, py: Python<'_>, key: Key) -> PyResult<()> {
         let id = self.find(py, &key)?;
         self.lock(py).core.freeze(id).map_err(to_python)
     }
 
     /// Ends what `freeze` began: the moments go on where they were.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.freeze("w")
+    /// >>> store.unfreeze("w")
+    /// >>> store.is_frozen("w")
+    /// False
     fn unfreeze(&self, py: Python<'_>, key: Key) -> PyResult<()> {
         let id = self.find(py, &key)?;
         self.lock(py).core.unfreeze(id).map_err(to_python)
     }
 
     /// Whether a parameter is frozen.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w")
+    /// >>> store.freeze("w")
+    /// >>> store.is_frozen("w")
+    /// True
     fn is_frozen(&self, py: Python<'_>, key: Key) -> PyResult<bool> {
         let id = self.find(py, &key)?;
         self.lock(py).core.is_frozen(id).map_err(to_python)
     }
 
     /// State as if never stepped; the value stays.
+    ///
+    /// Raises:
+    ///     KeyError: the name or the ID is unknown.
+    ///
+    /// >>> store = Store()
+    /// >>> _ = store.register("w", np.zeros(2))
+    /// >>> store.step({"w": np.ones(2)})
+    /// >>> store.reset("w")
+    /// >>> store.state("w")
+    /// {}
     fn reset(&self, py: Python<'_>, key: Key) -> PyResult<()> {
         let id = self.find(py, &key)?;
         let returned = {

@@ -30,6 +30,9 @@ use crate::geometry::{Density, Geometry};
 /// What `connect` was given, for the life of the process.
 static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
 
+/// What `connect_blockwise` was given.
+static BLOCKWISE: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+
 /// torch, as far as it is needed: two types and a C function.
 pub struct Torch {
     tensor: Py<PyType>,
@@ -44,6 +47,7 @@ pub enum Element {
     Int64,
     Int32,
     Bool,
+    Byte,
 }
 
 /// What a tensor is made of; valid as long as no Python code runs.
@@ -63,7 +67,7 @@ impl Reading<'_> {
     pub fn operand(&self) -> Option<Operand> {
         match self.element {
             Element::Float(dtype) => Some(Operand { ptr: self.ptr, dtype }),
-            Element::Int64 | Element::Int32 | Element::Bool => None,
+            Element::Int64 | Element::Int32 | Element::Bool | Element::Byte => None,
         }
     }
 
@@ -80,6 +84,7 @@ impl Reading<'_> {
 impl Element {
     fn of(dtype: DlDataType) -> Option<Self> {
         const INT: u8 = 0;
+        const UINT: u8 = 1;
         const FLOAT: u8 = 2;
         const BFLOAT: u8 = 4;
         const BOOL: u8 = 6;
@@ -91,6 +96,7 @@ impl Element {
             (INT, 64, 1) => Self::Int64,
             (INT, 32, 1) => Self::Int32,
             (BOOL, 8, 1) => Self::Bool,
+            (UINT, 8, 1) => Self::Byte,
             _ => return None,
         })
     }
@@ -101,7 +107,7 @@ impl Element {
             Self::Float(DType::F64) | Self::Int64 => 8,
             Self::Float(DType::F32) | Self::Int32 => 4,
             Self::Float(DType::Bf16 | DType::F16) => 2,
-            Self::Bool => 1,
+            Self::Float(DType::E4M3 | DType::E5M3 | DType::E8M0) | Self::Bool | Self::Byte => 1,
         }
     }
 }
@@ -123,6 +129,29 @@ pub fn connect(
     // A second call changes nothing: there is one torch in a process.
     let _ = TORCH.set(exchange_api.py(), torch);
     Ok(())
+}
+
+/// Tells this module which class holds moments in 8 bits: `codes` and `scales` are its attributes, uint8 tensors.
+#[pyfunction]
+pub fn connect_blockwise(blockwise_type: &Bound<'_, PyType>) {
+    // A second call changes nothing: there is one such class in a process.
+    let _ = BLOCKWISE.set(blockwise_type.py(), blockwise_type.clone().unbind());
+}
+
+/// The codes and the scales of a tensor of that class.
+pub type Blockwise<'py> = [Bound<'py, PyAny>; 2];
+
+/// What a tensor of that class holds; `None` for any other object. May run Python code.
+#[inline]
+pub fn blockwise<'py>(object: &Bound<'py, PyAny>) -> PyResult<Option<Blockwise<'py>>> {
+    let py = object.py();
+    match BLOCKWISE.get(py) {
+        Some(kind) if object.get_type_ptr() == kind.as_ptr().cast() => {
+            let part = |name| object.getattr(name);
+            Ok(Some([part(intern!(py, "codes"))?, part(intern!(py, "scales"))?]))
+        }
+        _ => Ok(None),
+    }
 }
 
 impl Torch {

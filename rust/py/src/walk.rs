@@ -19,6 +19,7 @@ use crate::findings::{Findings, Room};
 use crate::foresight::Foresight;
 use crate::memory::Memory;
 use crate::outcome::{Outcome, Problem};
+use crate::precision::Requested;
 use crate::reading::{Group, Reader};
 use crate::roster::Roster;
 use crate::running::{Request, Run};
@@ -58,14 +59,20 @@ impl Walk {
         Self { store, names: Names::new(py), inner: Mutex::default() }
     }
 
-    /// Sets the roster: for each group its parameters and their IDs.
+    /// Sets the roster: for each group its parameters and their IDs; and, for all of them in turn, in what dtype moments
+    /// are kept ("float32", "bfloat16", "8bit", ...), `None` where that is left open.
+    #[pyo3(signature = (params, ids, stored_as=None))]
     fn enroll(
         &self,
         py: Python<'_>,
         params: Vec<Bound<'_, PyList>>,
         ids: Vec<Vec<u64>>,
+        stored_as: Option<Vec<Option<String>>>,
     ) -> PyResult<()> {
         let mut roster = Roster::new(&params, &ids)?;
+        if let Some(stored_as) = stored_as {
+            roster.store_as(&stored_as)?;
+        }
         let former = {
             let mut inner = self.enter()?;
             roster.succeed(&inner.roster);
@@ -141,7 +148,9 @@ impl Walk {
     }
 
     /// Steps every parameter that has a gradient. `rows` holds IDs, each with a mask of the rows that are updated this time.
-    #[pyo3(signature = (params, state, settings, *, threads, max_grad_norm, grad_scale, elsewhere_squares, rows=None))]
+    ///
+    /// `rounding` is "nearest", "stochastic" or "kahan", with the seed of what is random: how values are rounded to 16 bits.
+    #[pyo3(signature = (params, state, settings, *, threads, max_grad_norm, grad_scale, elsewhere_squares, rows=None, rounding=None))]
     #[expect(clippy::too_many_arguments, reason = "they are the keywords of the Python method")]
     fn step(
         &self,
@@ -154,7 +163,9 @@ impl Walk {
         grad_scale: Option<f64>,
         elsewhere_squares: Option<f64>,
         rows: Option<Vec<(u64, Py<PyAny>)>>,
+        rounding: Option<(String, u64)>,
     ) -> PyResult<Outcome> {
+        let rounding = Requested::new(rounding)?;
         let request = Request { threads, max_grad_norm, grad_scale, elsewhere_squares };
         let groups: Vec<Group> = settings.into_iter().enumerate().map(Group::from).collect();
         let mut inner = self.enter()?;
@@ -166,7 +177,7 @@ impl Walk {
             Some(rows) => inner.name_rows(rows)?,
             None => Vec::new(),
         };
-        let findings = self.read(&mut inner, state, &groups);
+        let findings = self.read(&mut inner, state, &groups, rounding);
         // Held until the step is done.
         let _named = inner.declarations.unname();
         let mut findings = findings?;
@@ -247,6 +258,7 @@ impl Walk {
         inner: &mut Inner,
         state: Bound<'py, PyDict>,
         groups: &[Group],
+        rounding: Requested,
     ) -> PyResult<Findings<'py>> {
         let py = state.py();
         let Inner { roster, memory, foresight, room, declarations, .. } = inner;
@@ -255,7 +267,8 @@ impl Walk {
         foresight.resize(roster.rows.len());
         let mut findings = Findings::within(room);
         let (torch, names, cursor) = (Torch::get(py)?, &self.names, Cursor::new());
-        let mut reader = Reader { torch, names, state, cursor, memory, foresight, declarations };
+        let mut reader =
+            Reader { torch, names, state, cursor, memory, foresight, declarations, rounding };
         for (group, rows) in groups.iter().zip(&roster.groups) {
             for (index, row) in rows.clone().enumerate() {
                 let place = (group.index, index);

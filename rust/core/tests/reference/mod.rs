@@ -95,6 +95,7 @@ pub fn stored(dtype: DType, x: f64) -> f64 {
         DType::F32 => (x as f32).into(),
         DType::Bf16 => bf16::from_f32(x as f32).to_f64(),
         DType::F16 => f16::from_f32(x as f32).to_f64(),
+        DType::E4M3 | DType::E5M3 | DType::E8M0 => panic!("a number has no code without a scale"),
     }
 }
 
@@ -104,6 +105,7 @@ pub fn get(buffer: &OwnedBuffer, index: usize) -> f64 {
         DType::F32 => buffer.as_slice::<f32>().unwrap()[index].into(),
         DType::Bf16 => buffer.as_slice::<bf16>().unwrap()[index].to_f64(),
         DType::F16 => buffer.as_slice::<f16>().unwrap()[index].to_f64(),
+        DType::E4M3 | DType::E5M3 | DType::E8M0 => bytes(buffer)[index].into(), // the code itself
     }
 }
 
@@ -113,6 +115,7 @@ pub fn set(buffer: &mut OwnedBuffer, index: usize, x: f64) {
         DType::F32 => buffer.as_mut_slice::<f32>().unwrap()[index] = x as f32,
         DType::Bf16 => buffer.as_mut_slice::<bf16>().unwrap()[index] = bf16::from_f32(x as f32),
         DType::F16 => buffer.as_mut_slice::<f16>().unwrap()[index] = f16::from_f32(x as f32),
+        DType::E4M3 | DType::E5M3 | DType::E8M0 => bytes_mut(buffer)[index] = x as u8,
     }
 }
 
@@ -122,12 +125,22 @@ pub fn copy(buffer: &OwnedBuffer) -> OwnedBuffer {
         DType::F32 => OwnedBuffer::copy_of(buffer.as_slice::<f32>().unwrap()),
         DType::Bf16 => OwnedBuffer::copy_of(buffer.as_slice::<bf16>().unwrap()),
         DType::F16 => OwnedBuffer::copy_of(buffer.as_slice::<f16>().unwrap()),
+        DType::E4M3 | DType::E5M3 | DType::E8M0 => {
+            let mut copy = OwnedBuffer::zeroed(buffer.dtype(), buffer.len());
+            bytes_mut(&mut copy).copy_from_slice(bytes(buffer));
+            copy
+        }
     }
 }
 
 fn bytes(buffer: &OwnedBuffer) -> &[u8] {
     // SAFETY: an owned buffer has so many initialised bytes, and lives as long as the slice.
     unsafe { std::slice::from_raw_parts(buffer.operand().ptr, buffer.size_bytes()) }
+}
+
+fn bytes_mut(buffer: &mut OwnedBuffer) -> &mut [u8] {
+    // SAFETY: as in `bytes`; any bytes are numbers, and the buffer is borrowed mutably.
+    unsafe { std::slice::from_raw_parts_mut(buffer.operand().ptr, buffer.size_bytes()) }
 }
 
 /// Equal bits, but that every NaN equals every other.
