@@ -280,7 +280,10 @@ def test_a_pre_hook_that_creates_bfloat16_moments_is_honoured() -> None:
         container.zero_grad()
         held = optimizer.state[param]
         assert same_bits(param, value)
-        assert all(same_bits(held[key], moments[key]) for key in moments)
+        for key, moment in moments.items():  # rounded at random, each to one of its two neighbours
+            assert held[key].dtype == torch.bfloat16
+            assert (held[key].view(torch.int16).int() - moment.view(torch.int16).int()).abs().max() <= 1
+        moments = {key: held[key].clone() for key in moments}
     assert held["exp_avg"].dtype == torch.bfloat16
 
 
