@@ -263,6 +263,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
             self._settle(stepping=True)
             self._sync()
             self._require_whole_steps(rows)
+            self._require_plain_precision()
             self._forget_versions(entry.param for entry in self._table)
             if is_asked_for_state_alone(self):
                 self.materialize_state()
@@ -273,6 +274,7 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
         if not _is_traced():  # while tracing, stand-ins may be in the groups: they are nobody's parameters
             self._sync()
         self._forget_versions(entry.param for entry in self._table)
+        self._require_plain_precision()
         undo = Undo(self.state)
         for group in self.param_groups:
             for param in group["params"]:
@@ -295,13 +297,11 @@ class Adam(IdentifiedOptimizer, torch.optim.Adam):
                 "constraints cannot be honoured by a step that is compiled, traced, capturable or differentiable, "
                 "nor under a subclass's own _init_group; call clip_(...) after step()"
             )
-        self._require_plain_precision()
         # All groups before the first write: torch refuses gradients and options here.
         gathered = [gather(self, group, group["params"]) for group in self.param_groups]
         for group, lists in zip(self.param_groups, gathered, strict=True):
             adam_step(self, group, lists)
 
-    @_disable_dynamo
     def _require_plain_precision(self) -> None:
         if self._rounding[0] == "nearest" and not self._is_retyped:
             return
