@@ -41,6 +41,7 @@ const KERNELS: &[(&str, fn())] = &[
     ("adam bf16, stochastic", || {
         one(Work { rounding: Some(Rounding::Stochastic), ..Work::all(DType::Bf16) });
     }),
+    ("adam bf16, Kahan", || one(Work { compensated: true, ..Work::all(DType::Bf16) })),
     ("adam bf16, fp32 moments", || {
         one(Work { moments: DType::F32, ..Work::all(DType::Bf16) });
     }),
@@ -122,6 +123,8 @@ struct Work {
     ages: Option<fn(usize) -> usize>,
     /// Of the value; moments are rounded at random then.
     rounding: Option<Rounding>,
+    /// Whether what the value's rounding leaves over is kept.
+    compensated: bool,
 }
 
 impl Default for Work {
@@ -137,6 +140,7 @@ impl Default for Work {
             each: false,
             ages: None,
             rounding: None,
+            compensated: false,
         }
     }
 }
@@ -155,8 +159,8 @@ impl Work {
         }
     }
 
-    /// Value, gradient, moments, the bounds below and above, and the scales of the moments.
-    fn buffers(&self) -> [OwnedBuffer; 10] {
+    /// Value, gradient, moments, the bounds below and above, what is left over, and the scales of the moments.
+    fn buffers(&self) -> [OwnedBuffer; 11] {
         let value = filled(self.values, self.len);
         let second = if self.moments == DType::E4M3 { DType::E5M3 } else { self.moments };
         let moments = [self.moments, second, second].map(|dtype| filled(dtype, self.len));
@@ -171,7 +175,8 @@ impl Work {
         let [a, b, c] =
             [(); 3].map(|()| OwnedBuffer::zeroed(DType::E8M0, self.len.div_ceil(BLOCK_LEN)));
         let grad = filled(self.values, self.len);
-        [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, min, max, a, b, c]
+        let left_over = OwnedBuffer::zeroed(self.values, self.len);
+        [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, min, max, left_over, a, b, c]
     }
 
     /// The gradient's dimensions lie the other way round in memory than all others'.
@@ -204,14 +209,17 @@ impl Work {
         }))
     }
 
-    fn precision(&self, scales: [Operand; 3]) -> Option<Box<Precision>> {
+    fn precision(&self, left_over: Operand, scales: [Operand; 3]) -> Option<Box<Precision>> {
         let id = ParamId::new(1).expect("positive");
         let [exp_avg, exp_avg_sq, max_exp_avg_sq] = scales;
         let max_exp_avg_sq = Some(max_exp_avg_sq);
+        let layout = ViewLayout::Flat { len: self.len };
+        let kahan = Rounding::Kahan(View { operand: left_over, layout: layout.clone() });
+        let value = if self.compensated { Some(kahan) } else { self.rounding.clone() };
         Some(Box::new(Precision {
-            value: self.rounding.clone()?,
-            random_moments: self.moments.size_of() == 2,
-            stream: Stream::new(0, id, 0, ViewLayout::Flat { len: self.len }),
+            value: value?,
+            random_moments: self.moments.size_of() == 2 && !self.compensated,
+            stream: Stream::new(0, id, 0, layout),
             scales: self.moments.is_blockwise().then_some(Scales {
                 exp_avg,
                 exp_avg_sq,
@@ -220,8 +228,8 @@ impl Work {
         }))
     }
 
-    fn task(&self, buffers: &[OwnedBuffer; 10]) -> AdamTask {
-        let [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, min, max, scales @ ..] =
+    fn task(&self, buffers: &[OwnedBuffer; 11]) -> AdamTask {
+        let [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, min, max, left_over, scales @ ..] =
             buffers.each_ref().map(OwnedBuffer::operand);
         AdamTask {
             value,
@@ -233,7 +241,7 @@ impl Work {
             scalars: self.adam().scalars(200.0, 0.5),
             bounds: self.bounds,
             particulars: self.particulars(min, max),
-            precision: self.precision(scales),
+            precision: self.precision(left_over, scales),
         }
     }
 }

@@ -154,12 +154,7 @@ impl Convert for bf16 {
     }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
-        let bits = x.to_bits();
-        // Half of the last place kept, less one where that place is even: ties go to even.
-        let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        // The addition can make anything of a NaN: these bits make it a quiet one.
-        let quiet = if x.is_nan() { 0x7fc0 } else { 0 };
-        Self::from_bits((nearest | quiet) as u16)
+        Self::from_bits((nearest_bf16(x) >> 16) as u16)
     }
     #[inline(always)]
     fn from_f64(x: f64) -> Self {
@@ -167,10 +162,28 @@ impl Convert for bf16 {
     }
     #[inline(always)]
     fn from_f32_at_random(x: f32, random: u32) -> Self {
-        let chosen = x.to_bits().wrapping_add(random) >> 16;
-        let quiet = if x.is_nan() { 0x7fc0 } else { 0 };
-        Self::from_bits((chosen | quiet) as u16)
+        Self::from_bits((random_bf16(x, random) >> 16) as u16)
     }
+}
+
+/// The nearest `bf16` in the upper half of a word; the lower half is anything.
+#[inline(always)]
+pub(crate) fn nearest_bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    // Half of the last place kept, less one where that place is even: ties go to even.
+    quieted(x, bits.wrapping_add(0x7fff + (bits >> 16 & 1)))
+}
+
+/// One of the two neighbours of `x` in `bf16`, as 16 random bits say, in the upper half of a word.
+#[inline(always)]
+pub(crate) fn random_bf16(x: f32, random: u32) -> u32 {
+    quieted(x, x.to_bits().wrapping_add(random))
+}
+
+/// The addition can make anything of a NaN: these bits make it a quiet one.
+#[inline(always)]
+fn quieted(x: f32, sum: u32) -> u32 {
+    sum | if x.is_nan() { 0x7fc0_0000 } else { 0 }
 }
 
 /// Like `bf16`, all cases computed and one chosen. No result depends on whether the thread flushes
@@ -244,6 +257,7 @@ pub(crate) trait Compute:
     /// `self * a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
     fn sqrt(self) -> Self;
+    fn abs(self) -> Self;
     fn is_nan(self) -> bool;
     fn decode<T: Element>(x: T) -> Self;
     fn encode<T: Element>(self) -> T;
@@ -264,6 +278,10 @@ impl Compute for f32 {
     #[inline(always)]
     fn sqrt(self) -> Self {
         f32::sqrt(self)
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        f32::abs(self)
     }
     #[inline(always)]
     fn is_nan(self) -> bool {
@@ -299,6 +317,10 @@ impl Compute for f64 {
     #[inline(always)]
     fn sqrt(self) -> Self {
         f64::sqrt(self)
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        f64::abs(self)
     }
     #[inline(always)]
     fn is_nan(self) -> bool {

@@ -8,9 +8,12 @@ use half::{bf16, f16};
 use crate::blockwise::{BLOCK_LEN, StepBlocks};
 use crate::element::Compute;
 use crate::isa::{Isa, Kernel};
+use crate::kahan::StepCompensated;
+use crate::pairs::Pairs;
 use crate::random::{Use, word};
+use crate::slices::{Slices, is_aligned, slice};
 use crate::update::Scalars;
-use crate::{AdamTask, Element, Layout, Operand, Rounding, Scales};
+use crate::{AdamTask, DType, Element, Layout, Operand, Rounding, Scales, ViewLayout};
 
 /// Takes the elements `span` of a task, if its tensors are of a kind that has a loop here.
 ///
@@ -18,52 +21,67 @@ use crate::{AdamTask, Element, Layout, Operand, Rounding, Scales};
 /// As [`adam_step`](crate::adam_step), for these elements of the task.
 #[inline]
 pub(crate) unsafe fn run_span(task: &AdamTask, span: &Range<usize>, isa: Isa) -> bool {
-    if task.value.dtype == crate::DType::F32 && task.precision.is_none() {
+    if task.value.dtype == DType::F32 && task.precision.is_none() {
         return false; // in place, or of rare kinds
     }
-    let Some(Asked { random_value, random_moments, scales, keys }) = Asked::of(task, span) else {
+    let Some(Asked { value, random_moments, scales, keys }) = Asked::of(task, span) else {
         return false;
     };
-    use crate::DType::{Bf16, F16, F32};
+    use AskedValue::{Compensated, Nearest, Random};
+    use DType::{Bf16, F16, F32};
     let dtypes =
         [task.value, task.grad, task.exp_avg, task.exp_avg_sq].map(|operand| operand.dtype);
-    macro_rules! run {
-        ($value:ty, $moment:ty, $random_value:literal, $random_moments:literal) => {{
-            let loop_over = Loop::<$value, $moment, $random_value, $random_moments> {
-                task,
-                span,
-                keys,
-                of: std::marker::PhantomData,
-            };
-            // SAFETY: the caller's contract, and the dtypes were compared.
-            unsafe { loop_over.run(isa) }
-        }};
-    }
+    let work = Work { task, span, keys, isa };
     if let Some(scales) = scales {
-        let blocks = Blocks { task, span, keys, scales, random_value };
-        return match dtypes[..2] {
+        let is_random = matches!(value, Random);
+        return match (&dtypes[..2], value) {
+            (_, Compensated(_)) => false,
             // SAFETY: the caller's contract, and the dtypes were compared.
-            [F32, F32] => unsafe { blocks.run::<f32>(isa) },
+            ([F32, F32], _) => unsafe { work.run_blocks::<f32>(scales, is_random) },
             // SAFETY: as above.
-            [Bf16, Bf16] => unsafe { blocks.run::<bf16>(isa) },
+            ([Bf16, Bf16], _) => unsafe { work.run_blocks::<bf16>(scales, is_random) },
             _ => false,
         };
     }
-    match (dtypes, random_value, random_moments) {
-        ([Bf16, Bf16, Bf16, Bf16], false, false) => run!(bf16, bf16, false, false),
-        ([Bf16, Bf16, Bf16, Bf16], true, true) => run!(bf16, bf16, true, true),
-        ([Bf16, Bf16, F32, F32], false, _) => run!(bf16, f32, false, false),
-        ([Bf16, Bf16, F32, F32], true, _) => run!(bf16, f32, true, false),
-        ([F16, F16, F16, F16], false, false) => run!(f16, f16, false, false),
-        ([F16, F16, F32, F32], false, _) => run!(f16, f32, false, false),
-        ([F32, F32, Bf16, Bf16], _, true) => run!(f32, bf16, false, true),
+    match (dtypes, value, random_moments) {
+        // SAFETY: the caller's contract, and the dtypes were compared.
+        ([Bf16, Bf16, Bf16, Bf16], Nearest, false) => unsafe { work.run_pairs::<false>() },
+        // SAFETY: as above.
+        ([Bf16, Bf16, Bf16, Bf16], Random, true) => unsafe { work.run_pairs::<true>() },
+        ([Bf16, Bf16, Bf16, Bf16], Compensated(left_over), false) => {
+            // SAFETY: as above.
+            unsafe { work.run_compensated::<bf16, bf16>(left_over) }
+        }
+        // SAFETY: as above.
+        ([Bf16, Bf16, F32, F32], Nearest, _) => unsafe { work.run::<bf16, f32, false, false>() },
+        // SAFETY: as above.
+        ([Bf16, Bf16, F32, F32], Random, _) => unsafe { work.run::<bf16, f32, true, false>() },
+        ([Bf16, Bf16, F32, F32], Compensated(left_over), _) => {
+            // SAFETY: as above.
+            unsafe { work.run_compensated::<bf16, f32>(left_over) }
+        }
+        // SAFETY: as above.
+        ([F16, F16, F16, F16], Nearest, false) => unsafe { work.run::<f16, f16, false, false>() },
+        // SAFETY: as above.
+        ([F16, F16, F32, F32], Nearest, _) => unsafe { work.run::<f16, f32, false, false>() },
+        // SAFETY: as above.
+        ([F32, F32, Bf16, Bf16], _, true) => unsafe { work.run::<f32, bf16, false, true>() },
         _ => false,
     }
 }
 
+/// How the loop is to store the value.
+#[derive(Clone, Copy)]
+enum AskedValue {
+    Nearest,
+    Random,
+    /// What is left over has the value's dtype, and is as dense.
+    Compensated(Operand),
+}
+
 /// What is asked of the loop.
 struct Asked {
-    random_value: bool,
+    value: AskedValue,
     random_moments: bool,
     scales: Option<Scales>,
     keys: Keys,
@@ -87,133 +105,120 @@ impl Asked {
         if !is_plain {
             return None;
         }
+        let (nearest, keys) = (AskedValue::Nearest, Keys::default());
         let Some(precision) = &task.precision else {
-            return Some(Self {
-                random_value: false,
-                random_moments: false,
-                scales: None,
-                keys: Keys::default(),
-            });
+            return Some(Self { value: nearest, random_moments: false, scales: None, keys });
         };
-        let random_value = match precision.value {
-            Rounding::Nearest => false,
-            Rounding::Stochastic => true,
-            Rounding::Kahan(_) => return None,
+        let value = match &precision.value {
+            Rounding::Nearest => nearest,
+            Rounding::Stochastic => AskedValue::Random,
+            Rounding::Kahan(_) if task.value.dtype.size_of() > 2 => nearest,
+            Rounding::Kahan(left_over) => {
+                let is_as_dense = matches!(left_over.layout, ViewLayout::Flat { .. });
+                let is_alike = left_over.operand.dtype == task.value.dtype;
+                (is_as_dense && is_alike).then_some(AskedValue::Compensated(left_over.operand))?
+            }
         };
-        let (first, value) = precision.stream.dense(Use::Value, span)?;
+        let (first, value_key) = precision.stream.dense(Use::Value, span)?;
         let (_, moments) = precision.stream.dense(Use::Moments, span)?;
-        let keys = Keys { value, moments, first };
+        let keys = Keys { value: value_key, moments, first };
         let random_moments = precision.random_moments;
-        Some(Self { random_value, random_moments, scales: precision.scales, keys })
+        Some(Self { value, random_moments, scales: precision.scales, keys })
     }
 }
 
-/// The elements `span` of a task whose moments are 8-bit floats.
-struct Blocks<'a> {
+/// The elements `span` of a task.
+///
+/// Each method runs one loop over them, or returns false where an operand does not lie as its type has to. They ask for
+/// what [`run_span`] does, and for operands of the dtypes that their types say.
+struct Work<'a> {
     task: &'a AdamTask,
     span: &'a Range<usize>,
     keys: Keys,
-    scales: Scales,
-    random_value: bool,
+    isa: Isa,
 }
 
-impl Blocks<'_> {
+impl Work<'_> {
+    fn scalars(&self) -> Scalars<f32> {
+        Scalars::new(&self.task.scalars, self.task.bounds_to_hold())
+    }
+
     /// # Safety
-    /// As [`run_span`]; value and gradient are `V`s.
-    unsafe fn run<V: Element>(&self, isa: Isa) -> bool {
-        let AdamTask { value, grad, exp_avg, exp_avg_sq, .. } = self.task;
-        if !(is_aligned::<V>(value) && is_aligned::<V>(grad)) {
+    /// See [`Work`].
+    unsafe fn run<V: Element, M: Element, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: bool>(
+        &self,
+    ) -> bool {
+        // SAFETY: the caller's contract.
+        let Some(slices) = (unsafe { Slices::<V, M>::of(self.task, self.span) }) else {
             return false;
+        };
+        let (scalars, keys) = (self.scalars(), self.keys);
+        self.isa.run(Fused::<_, _, RANDOM_VALUE, RANDOM_MOMENTS> { slices, scalars, keys });
+        true
+    }
+
+    /// All bfloat16: what lies in whole words by pairs, and the rest.
+    ///
+    /// # Safety
+    /// See [`Work`].
+    unsafe fn run_pairs<const RANDOM: bool>(&self) -> bool {
+        let Range { start, end } = *self.span;
+        let mut rest = start..end;
+        if start.is_multiple_of(2) {
+            let words = start / 2..end / 2;
+            // SAFETY: the caller's contract: two dense elements in each word.
+            if let Some(slices) = unsafe { Slices::of(self.task, &words) } {
+                let (scalars, keys) = (self.scalars(), self.keys);
+                self.isa.run(Pairs::<RANDOM> { slices, scalars, keys });
+                rest.start = 2 * words.end;
+            }
         }
+        let first = self.keys.first.wrapping_add((rest.start - start) as u32);
+        let work = Work { span: &rest, keys: Keys { first, ..self.keys }, ..*self };
+        // SAFETY: the caller's contract.
+        unsafe { work.run::<bf16, bf16, RANDOM, RANDOM>() }
+    }
+
+    /// With what the value's rounding leaves over.
+    ///
+    /// # Safety
+    /// See [`Work`]; `left_over` is as the value is.
+    unsafe fn run_compensated<V: Element, M: Element>(&self, left_over: Operand) -> bool {
+        // SAFETY: the caller's contract.
+        let slices = unsafe { Slices::<V, M>::of(self.task, self.span) };
+        let Some(slices) = slices.filter(|_| is_aligned::<V>(&left_over)) else { return false };
+        // SAFETY: the caller's contract: dense, aligned elements of this type, ours to read and write.
+        let left_over = unsafe { slice::<V>(&left_over, self.span) };
+        let scalars = self.scalars();
+        self.isa.run(StepCompensated { slices, left_over, scalars });
+        true
+    }
+
+    /// With moments that are 8-bit floats.
+    ///
+    /// # Safety
+    /// See [`Work`]; of the scales there is one for each block.
+    unsafe fn run_blocks<V: Element>(&self, scales: Scales, random_value: bool) -> bool {
+        // SAFETY: the caller's contract: a byte for each element of a moment.
+        let Some(slices) = (unsafe { Slices::<V, u8>::of(self.task, self.span) }) else {
+            return false;
+        };
         let blocks = self.span.start / BLOCK_LEN..self.span.end.div_ceil(BLOCK_LEN);
-        // SAFETY: the caller's contract: dense, aligned elements of this type, ours to read and write.
-        let value = unsafe { slice::<V>(value, self.span) };
-        // SAFETY: readable, and not written meanwhile: its memory is not the value's.
-        let grad = unsafe { read_slice::<V>(grad, self.span) };
-        // SAFETY: the caller's contract: a byte for each element.
-        let m = unsafe { slice::<u8>(exp_avg, self.span) };
+        // SAFETY: the caller's contract: a byte for each block, ours to read and write.
+        let m_scales = unsafe { slice::<u8>(&scales.exp_avg, &blocks) };
         // SAFETY: as above.
-        let v = unsafe { slice::<u8>(exp_avg_sq, self.span) };
-        // SAFETY: the caller's contract: a byte for each block.
-        let m_scales = unsafe { slice::<u8>(&self.scales.exp_avg, &blocks) };
-        // SAFETY: as above.
-        let v_scales = unsafe { slice::<u8>(&self.scales.exp_avg_sq, &blocks) };
-        let scalars = Scalars::<f32>::new(&self.task.scalars, self.task.bounds_to_hold());
-        let Self { keys, random_value, .. } = *self;
-        let (exp_avg, exp_avg_sq) = ((m, m_scales), (v, v_scales));
-        isa.run(StepBlocks { value, grad, exp_avg, exp_avg_sq, scalars, keys, random_value });
+        let v_scales = unsafe { slice::<u8>(&scales.exp_avg_sq, &blocks) };
+        let Slices { value, grad, exp_avg, exp_avg_sq } = slices;
+        let (exp_avg, exp_avg_sq) = ((exp_avg, m_scales), (exp_avg_sq, v_scales));
+        let (scalars, keys) = (self.scalars(), self.keys);
+        let step = StepBlocks { value, grad, exp_avg, exp_avg_sq, scalars, keys, random_value };
+        self.isa.run(step);
         true
     }
-}
-
-fn is_aligned<T>(operand: &Operand) -> bool {
-    operand.ptr.addr().is_multiple_of(align_of::<T>())
-}
-
-/// The elements `span` of a task whose value and gradient are `V`s, and whose moments are `M`s.
-struct Loop<'a, V, M, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: bool> {
-    task: &'a AdamTask,
-    span: &'a Range<usize>,
-    keys: Keys,
-    of: std::marker::PhantomData<(V, M)>,
-}
-
-impl<V: Element, M: Element, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: bool>
-    Loop<'_, V, M, RANDOM_VALUE, RANDOM_MOMENTS>
-{
-    /// # Safety
-    /// As [`run_span`]; the dtypes are those of the types.
-    unsafe fn run(&self, isa: Isa) -> bool {
-        let AdamTask { value, grad, exp_avg, exp_avg_sq, .. } = self.task;
-        let aligned = is_aligned::<V>(value)
-            && is_aligned::<V>(grad)
-            && is_aligned::<M>(exp_avg)
-            && is_aligned::<M>(exp_avg_sq);
-        if !aligned {
-            return false;
-        }
-        // SAFETY: the caller's contract: dense, aligned elements of this type, ours to read and write.
-        let value = unsafe { slice::<V>(value, self.span) };
-        // SAFETY: as above.
-        let exp_avg = unsafe { slice::<M>(exp_avg, self.span) };
-        // SAFETY: as above.
-        let exp_avg_sq = unsafe { slice::<M>(exp_avg_sq, self.span) };
-        // SAFETY: readable, and not written meanwhile: its memory is not the value's.
-        let grad = unsafe { read_slice::<V>(grad, self.span) };
-        let scalars = Scalars::<f32>::new(&self.task.scalars, self.task.bounds_to_hold());
-        isa.run(Fused::<V, M, RANDOM_VALUE, RANDOM_MOMENTS> {
-            value,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            scalars,
-            keys: self.keys,
-        });
-        true
-    }
-}
-
-/// # Safety
-/// Dense, aligned `T`s from the operand's address on, no one else's while the slice lives.
-unsafe fn slice<'a, T>(operand: &Operand, span: &Range<usize>) -> &'a mut [T] {
-    let first = operand.ptr.cast::<T>().wrapping_add(span.start);
-    // SAFETY: the caller's contract.
-    unsafe { std::slice::from_raw_parts_mut(first, span.len()) }
-}
-
-/// # Safety
-/// Dense, aligned `T`s from the operand's address on, which nobody writes while the slice lives.
-unsafe fn read_slice<'a, T>(operand: &Operand, span: &Range<usize>) -> &'a [T] {
-    let first = operand.ptr.cast_const().cast::<T>().wrapping_add(span.start);
-    // SAFETY: the caller's contract.
-    unsafe { std::slice::from_raw_parts(first, span.len()) }
 }
 
 struct Fused<'a, V, M, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: bool> {
-    value: &'a mut [V],
-    grad: &'a [V],
-    exp_avg: &'a mut [M],
-    exp_avg_sq: &'a mut [M],
+    slices: Slices<'a, V, M>,
     scalars: Scalars<f32>,
     keys: Keys,
 }
@@ -225,7 +230,7 @@ impl<V: Element, M: Element, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: boo
 
     #[inline(always)]
     fn run(self) {
-        let Self { value, grad, exp_avg, exp_avg_sq, scalars, keys } = self;
+        let Self { slices: Slices { value, grad, exp_avg, exp_avg_sq }, scalars, keys } = self;
         if scalars.has_l2_decay() {
             step::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, true>(
                 value, grad, exp_avg, exp_avg_sq, scalars, keys,

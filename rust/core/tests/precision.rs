@@ -7,7 +7,7 @@ mod reference;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use paramstate::{DType, Order, OwnedBuffer, adam_step};
+use paramstate::{Adam, DType, Order, OwnedBuffer, SecondMoment, adam_step};
 use precision_twin::Key;
 use precision_twin::case::{Case, Kind, Limits, Memory, NAMES, SIDES};
 use proptest::prelude::*;
@@ -67,6 +67,26 @@ fn check(cases: &[Case]) {
 }
 
 type Types = ([DType; SIDES - 1], bool);
+
+/// Value and moments for which there is a loop of their own, with each rounding that it takes.
+fn fused(of: &Case) -> Vec<Case> {
+    use DType::{Bf16, E4M3, F16, F32};
+    let types =
+        [(F32, Bf16), (Bf16, Bf16), (Bf16, F32), (F16, F16), (F16, F32), (F32, E4M3), (Bf16, E4M3)];
+    let kinds = [Kind::Nearest, Kind::Stochastic, Kind::Kahan];
+    let all = types.into_iter().flat_map(|types| kinds.map(|kind| (types, kind)));
+    let all = all.flat_map(|how| [false, true].map(|random_moments| (how, random_moments)));
+    all.map(|(((value, moments), kind), random_moments)| Case {
+        dtypes: [value, value, moments, moments, moments],
+        blockwise: moments.is_blockwise(),
+        kind,
+        random_moments,
+        indices: None,
+        adam: Adam { second_moment: SecondMoment::Running, ..of.adam },
+        ..of.clone()
+    })
+    .collect()
+}
 
 /// What models are trained in: 16-bit moments, or those of 8 bits, or `f32`.
 fn usual_types() -> impl Strategy<Value = Types> {
@@ -232,6 +252,13 @@ fn fewer() -> ProptestConfig {
 }
 
 proptest! {
+    #[test]
+    fn every_loop_of_its_own_equals_the_slow_twin(
+        case in plain_case(usual_types(), flat(0usize..140))
+    ) {
+        check(&fused(&case));
+    }
+
     #[test]
     fn a_flat_tensor_of_the_usual_types_equals_the_slow_twin(
         case in plain_case(usual_types(), flat(short()))
