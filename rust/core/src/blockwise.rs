@@ -71,31 +71,60 @@ impl Format {
         exponent.saturating_sub(self.top()).max(self.least_scale) as u8
     }
 
-    /// The least number with a leading one. Below it the numbers are as far apart as above it: what
-    /// is added to one that is less gives it a leading one, too.
+    /// The least number with a leading one. Those below are as far apart as those in the binade above it: twice as far
+    /// as if the exponent went one lower and they had leading ones, too. Let `l` be the number that a code would stand
+    /// for then, and `x` what it stands for: `x = 2 l - least` below, `x = l` from there on, so `x` is the lesser of
+    /// the two, and `l` the greater of `x` and `(x + least) / 2`. No case has to be told from the other.
     const fn least(self) -> f32 {
         power_of_two(F32_BIAS + 1 - self.bias)
+    }
+
+    /// The bits of a magnitude's code where `f32` has its own.
+    const fn magnitude(self) -> u32 {
+        if self.signed { 0x7f << DROPPED } else { 0xff << DROPPED }
+    }
+
+    /// The bit of the sign, where there is one.
+    const fn sign(self) -> u32 {
+        if self.signed { 1 << 31 } else { 0 }
+    }
+
+    /// The exponent of the least code, biased as that of `f32`, if it had a leading one.
+    const fn first(self) -> u32 {
+        F32_BIAS - self.bias
     }
 
     /// A magnitude's code, for a number that was divided by its scale.
     #[inline(always)]
     fn encode(self, magnitude: f32, random: u32) -> u32 {
-        let is_small = magnitude < self.least();
-        let led = if is_small { magnitude + self.least() } else { magnitude };
+        let led = greater(magnitude, magnitude.mul_add(0.5, self.least() / 2.0));
         // 16 random bits at the upper end of what is dropped.
         let kept = led.to_bits().wrapping_add(random << (DROPPED - 16)) >> DROPPED;
-        let leading = if is_small { 1 << MANTISSA } else { 0 };
-        kept.wrapping_sub(((F32_BIAS - self.bias) << MANTISSA) + leading)
+        kept.wrapping_sub(self.first() << MANTISSA)
     }
 
-    /// The number that a magnitude's code stands for, before its scale.
+    /// The number that a magnitude's code stands for, with its scale.
     #[inline(always)]
-    fn decode_finite(self, code: u32) -> f32 {
-        let is_small = code < 1 << MANTISSA;
-        let led = if is_small { code | 1 << MANTISSA } else { code };
-        let led = f32::from_bits((led << DROPPED) + ((F32_BIAS - self.bias) << 23));
-        led - if is_small { self.least() } else { 0.0 }
+    fn decode(self, code: u8, scale: f32) -> f32 {
+        // Of a signed code the sign is copied upwards, over all that a magnitude does not have.
+        let wide = if self.signed { i32::from(code as i8) as u32 } else { code.into() };
+        let (magnitude, sign) = (wide << DROPPED & self.magnitude(), wide & self.sign());
+        let led = f32::from_bits(magnitude + (self.first() << 23)) * scale;
+        let number = lesser(led, led.mul_add(2.0, -self.least() * scale));
+        f32::from_bits(number.to_bits() | sign)
     }
+}
+
+/// Of two numbers neither of which is NaN.
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// As [`greater`].
+#[inline(always)]
+fn lesser(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
 }
 
 /// Two to the power of `exponent - 127`.
@@ -231,23 +260,20 @@ impl Format {
     fn decode_block(self, codes: &[u8], scale: u8, target: &mut [f32]) {
         let codes = &codes[..target.len()];
         let scale = power_of_two(scale.into());
-        let magnitude = if self.signed { 0x7f } else { 0xff };
         // In bytes, of which a vector holds four times as many.
-        let (bits, nan) = (magnitude as u8, self.nan as u8);
+        let (bits, nan) = (if self.signed { 0x7f } else { 0xff }, self.nan as u8);
         let nans = codes.iter().fold(0, |nans, &code| nans | u8::from(code & bits == nan));
         for (&code, x) in codes.iter().zip(target.iter_mut()) {
-            let code = u32::from(code);
-            let sign = if self.signed { (code & 0x80) << 24 } else { 0 };
-            *x = f32::from_bits((self.decode_finite(code & magnitude) * scale).to_bits() | sign);
+            *x = self.decode(code, scale);
         }
         if nans != 0 {
             for (&code, x) in codes.iter().zip(target) {
-                *x = if u32::from(code) & magnitude == self.nan { f32::NAN } else { *x };
+                *x = if code & bits == nan { f32::NAN } else { *x };
             }
         }
     }
 
-    /// Returns the scale.
+    /// Returns the scale. `greatest` is that of the magnitudes, as bits; without a sign in the format that of all bits.
     #[inline(always)]
     fn encode_block(
         self,
@@ -266,19 +292,27 @@ impl Format {
         };
         let scale = self.scale_of(greatest);
         let inverse = power_of_two(2 * F32_BIAS - u32::from(scale));
-        for (i, (x, code)) in source.iter().zip(codes.iter_mut()).enumerate() {
-            let magnitude = f32::from_bits(x.to_bits() & MAGNITUDE);
-            let known = self.encode(magnitude * inverse, random(i));
-            *code = if self.signed {
-                (known | (x.to_bits() >> 24 & 0x80)) as u8
+        let coded = |i: usize, x: f32, magnitude: u32| {
+            let magnitude = f32::from_bits(magnitude);
+            let code = self.encode(magnitude * inverse, random(i));
+            let code = if self.signed {
+                code | (x.to_bits() >> 24 & 0x80)
             } else {
-                known.max(u32::from(magnitude > 0.0)) as u8
+                code.max(u32::from(magnitude > 0.0))
             };
-        }
-        if !all_finite {
-            for (x, code) in source.iter().zip(codes) {
-                let is_finite = x.to_bits() & MAGNITUDE < F32_INFINITE;
-                *code = if is_finite { *code } else { self.nan as u8 };
+            code as u8
+        };
+        let all = source.iter().zip(codes).enumerate();
+        if all_finite {
+            for (i, (&x, code)) in all {
+                let bits = x.to_bits();
+                // Without a sign in the format there is none in the numbers: it would make them too great.
+                *code = coded(i, x, if self.signed { bits & MAGNITUDE } else { bits });
+            }
+        } else {
+            for (i, (&x, code)) in all {
+                let bits = x.to_bits() & MAGNITUDE;
+                *code = if bits < F32_INFINITE { coded(i, x, bits) } else { self.nan as u8 };
             }
         }
         scale
@@ -353,7 +387,8 @@ impl<C: Compute> Encode<'_, C> {
                 // What is positive stays so, also where only a `f64` is so small.
                 let vanished = (*x > C::default()) & (*number == 0.0) & !format.signed;
                 *number = if vanished { f32::from_bits(1) } else { *number };
-                greatest = greatest.max(number.to_bits() & MAGNITUDE);
+                let bits = number.to_bits();
+                greatest = greatest.max(if format.signed { bits & MAGNITUDE } else { bits });
             }
             let words = &words[..source.len()];
             *scale = format.encode_block(numbers, greatest, |i| words[i] >> shift & 0xffff, codes);
