@@ -201,6 +201,17 @@ def test_a_name_that_looks_like_a_position_or_a_path_is_no_other_parameters(path
         assert torch.equal(fresh.state_of(name)["exp_avg"], opt.state_of(name)["exp_avg"])
 
 
+def test_a_parameter_without_a_name_is_not_taken_for_one_that_is_called_like_its_position(path: Path) -> None:
+    net = nn.ParameterDict({"#1": nn.Parameter(torch.randn(2))})
+    opt = AdamW([net["#1"], nn.Parameter(torch.randn(2))], model=net)
+    for number, param in enumerate(opt.param_groups[0]["params"]):
+        param.grad = torch.full((2,), number + 1.0)
+    opt.step()
+    save(opt, path)
+    assert {key.split("/")[1] for key in keys_in(path)} == {"#1", "##1"}
+    assert [held["exp_avg"][0] for held in state_dict_at(path)["state"].values()] == pytest.approx([0.1, 0.2])
+
+
 def test_a_parameter_listed_twice_and_one_with_two_names_are_each_saved_once(path: Path) -> None:
     net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     net[1].weight = net[0].weight

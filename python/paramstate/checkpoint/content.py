@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,10 +67,17 @@ def by_position(content: Mapping[str, Any]) -> dict[str, Any]:
         key: [value[called] for called in places] if key in _BY_PARAMETER else value
         for key, value in content["paramstate"].items()
     }
+    _require_text([*ours.get("names", []), *(group.get("param_names", []) for group in groups)])
     # Hooks of users may keep it: it must not hang on the file.
     rest = tree_map_only(Tensor, torch.clone, content["rest"])
     state = {keys[called]: dict(held) for called, held in content["state"].items()}
     return {**rest, "state": {**state, **rest["state"]}, "param_groups": groups, "paramstate": ours}
+
+
+def _require_text(lists: Iterable[Any]) -> None:
+    for names in lists:
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"names are {names!r}")
 
 
 def _called(state_dict: Mapping[str, Any]) -> dict[Any, str]:
