@@ -26,7 +26,7 @@ OLDEST_VENV = ROOT / ".venv-oldest"
 PRIVATE_UV = ROOT / ".venv-uv"
 WHEELS = ROOT / "dist" / "oldest"
 OLDEST_PYTHON = (3, 10)
-OLDEST_RELEASES = ("torch==2.10.*", "numpy==2.0.*")
+OLDEST_RELEASES = ("torch==2.10.*", "numpy==2.0.*", "safetensors==0.6.*")
 WHEEL_TAG = "-cp310-abi3-"
 PEERS_VENV = ROOT / ".venv-peers"
 NOT_INSTALLED = PEERS_VENV / "not-installed.json"  # peer to reason, for the benchmark's table
@@ -161,12 +161,12 @@ def wheel() -> Path:
 
 
 def oldest() -> None:
-    """Make `.venv-oldest`: the wheel beside the oldest Python, torch and NumPy that are supported."""
+    """Make `.venv-oldest`: the wheel with what it asks for, in the oldest releases that are supported."""
     uv = find_uv()
     env = {**environment(), "VIRTUAL_ENV": str(OLDEST_VENV)}
     python = OLDEST_VENV / SCRIPTS / "python"
     run(uv, "venv", "--quiet", "--clear", "--python", oldest_python(uv), OLDEST_VENV, env=env)
-    run(uv, "pip", "install", "--python", python, wheel(), *OLDEST_RELEASES, "--group", "test", env=env)
+    run(uv, "pip", "install", "--python", python, f"{wheel()}[torch]", *OLDEST_RELEASES, "--group", "test", env=env)
 
 
 def try_to_install(uv: Path, requirements: tuple[str, ...], env: dict[str, str]) -> str:

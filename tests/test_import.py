@@ -11,8 +11,9 @@ import pytest
 import paramstate
 
 FEATURES = (
-    "comparison", "diagnosis", "editing.session", "loading.load", "selection.backbones", "selection.expressions",
-    "selection.preview", "surgery.relayout_run", "surgery.row_edits", "table",
+    "checkpoint.loading", "checkpoint.saving", "comparison", "diagnosis", "editing.session", "loading.load",
+    "selection.backbones", "selection.expressions", "selection.preview", "surgery.relayout_run", "surgery.row_edits",
+    "table",
 )  # fmt: skip
 """Files that plain training has no use for."""
 TRAINING = """
@@ -30,6 +31,7 @@ def test_plain_training_loads_no_feature_that_it_does_not_use() -> None:
     loaded = set(shown.stdout.split())
     assert "paramstate.optim" in loaded
     assert loaded.isdisjoint(f"paramstate.{name}" for name in FEATURES)
+    assert "safetensors" not in loaded
 
 
 @pytest.mark.parametrize("name", FEATURES)

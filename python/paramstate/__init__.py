@@ -19,6 +19,7 @@ from .errors import (
     RelayoutError as RelayoutError,
     ReplacedParameterError as ReplacedParameterError,
     RowIndexError as RowIndexError,
+    SaveError as SaveError,
     SelectionError as SelectionError,
     StateShapeError as StateShapeError,
     UnknownParameterError as UnknownParameterError,
@@ -26,6 +27,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .checkpoint.loading import load as load
+    from .checkpoint.saving import save as save
     from .clip import clip_ as clip_, clip_grad_norm_ as clip_grad_norm_, clip_grad_value_ as clip_grad_value_
     from .comparison import DiffReport as DiffReport, diff as diff
     from .declared.constraints import Box as Box, Constraint as Constraint, NonNegative as NonNegative
@@ -70,6 +73,8 @@ _HOME = {
     "diff": "comparison",
     "doctor": "diagnosis",
     "edit": "editing.session",
+    "load": "checkpoint.loading",
+    "save": "checkpoint.saving",
     "select": "selection.selecting",
 }
 
@@ -97,6 +102,7 @@ __all__ = [
     "RelayoutReport",
     "ReplacedParameterError",
     "RowIndexError",
+    "SaveError",
     "Selection",
     "SelectionError",
     "StateShapeError",
@@ -113,6 +119,8 @@ __all__ = [
     "diff",
     "doctor",
     "edit",
+    "load",
+    "save",
     "select",
 ]
 

@@ -86,7 +86,7 @@ class OverlapError(ParamStateError, ValueError):
 
 
 class LoadError(ParamStateError, ValueError):
-    """A state dict does not fit the optimizer. Nothing was changed.
+    """A state dict, or a file, does not fit the optimizer or is none. Nothing was changed.
 
     Example:
         >>> import torch
@@ -95,6 +95,21 @@ class LoadError(ParamStateError, ValueError):
         Traceback (most recent call last):
             ...
         paramstate.errors.LoadError: ... missing in the state dict: 'bias'; unexpected in it: none. Give names=...
+    """
+
+
+class SaveError(ParamStateError, ValueError):
+    """The optimizer holds what a file cannot. Nothing was written.
+
+    Example:
+        >>> import torch
+        >>> from paramstate import AdamW, save
+        >>> opt = AdamW(torch.nn.Linear(2, 1))
+        >>> opt.param_groups[0]["schedule"] = lambda step: 1 / step
+        >>> save(opt, "opt.safetensors")
+        Traceback (most recent call last):
+            ...
+        paramstate.errors.SaveError: group 0: its 'schedule' is a function; a file holds tensors, numbers, text, None...
     """
 
 

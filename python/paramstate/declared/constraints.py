@@ -155,6 +155,8 @@ class Box(Constraint):
                 raise ConstraintError(f"Box: {label} is nan")
             if isinstance(bound, Tensor):
                 object.__setattr__(self, label, _own(bound, label))
+        if not isinstance(self.zero_exp_avg, bool):
+            raise ConstraintError(f"Box: zero_exp_avg must be True or False, got {self.zero_exp_avg!r}")
         if self.min is None and self.max is None:
             raise ConstraintError("Box: neither min nor max is given")
         if self.scalars is not None and self.low > self.high:

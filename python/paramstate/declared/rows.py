@@ -70,8 +70,19 @@ class Rows:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Rows:
-        """What :meth:`as_data` wrote, copied."""
-        return cls(**data).copied()
+        """What :meth:`as_data` wrote, copied.
+
+        Raises:
+            TypeError, ValueError: something else wrote it.
+        """
+        rows = cls(**data).copied()
+        if type(rows.dim) is not int or rows.dim < 0:
+            raise ValueError(f"the dim of rows is {rows.dim!r}")
+        if rows.offsets.dtype != torch.int64 or rows.offsets.dim() != 1:
+            raise ValueError(f"the offsets of rows are {rows.offsets.dtype} of shape {list(rows.offsets.shape)}")
+        if rows.frozen is not None and (rows.frozen.dtype != torch.bool or rows.frozen.shape != rows.offsets.shape):
+            raise ValueError(f"the frozen rows are {rows.frozen.dtype} of shape {list(rows.frozen.shape)}")
+        return rows
 
     def broadcast(self, values: Tensor, param: Tensor) -> Tensor:
         """One value for each row, shaped to broadcast to the parameter and on its device."""

@@ -11,7 +11,7 @@ from paramstate.declared.rows import Rows
 from paramstate.errors import ConstraintError, LoadError
 from paramstate.identity.membership import Membership
 from paramstate.identity.table import Entry
-from paramstate.precision.state_dtype import Kind
+from paramstate.precision.state_dtype import Kind, kind_of
 
 
 def traits_of(entry: Entry, state_dtype: Kind | None = None) -> dict[str, Any]:
@@ -47,10 +47,16 @@ class Declared:
 
     def __init__(self, entry: Entry, data: Mapping[str, Any], called: str) -> None:
         self.entry = entry
-        self._state_dtype: Kind | None = data.get("state_dtype")
-        self._frozen: dict[str, Any] | None = data.get("frozen")
-        self._rows = Rows.from_data(data["rows"]) if data.get("rows") else None
-        self._constraint, self.is_undeclared = self._chosen(data.get("constraint"))
+        try:
+            self._state_dtype = kind_of(data.get("state_dtype"))
+            self._frozen = _read_frozen(data.get("frozen"))
+            self._rows = Rows.from_data(data["rows"]) if data.get("rows") else None
+            self._constraint, self.is_undeclared = self._chosen(data.get("constraint"))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise LoadError(
+                f"{called}: what the state dict declares for it cannot be read ({error!r}); mend or delete it in "
+                "state_dict['paramstate']['traits']"
+            ) from error
         if self._rows is not None:
             self._require_rows(self._rows, called)
         if self._constraint is not None:
@@ -68,7 +74,7 @@ class Declared:
 
     def _require_rows(self, rows: Rows, called: str) -> None:
         shape = self.entry.param.shape
-        if rows.dim >= len(shape) or len(rows) != shape[rows.dim]:
+        if not rows.fits(self.entry.param):
             raise LoadError(
                 f"{called} has shape {list(shape)}, and the state dict knows the steps of {len(rows)} rows along dim "
                 f"{rows.dim}; load it into a parameter of that many rows, then edit the rows"
@@ -91,3 +97,9 @@ class Declared:
             entry.state_dtype = self._state_dtype
             optimizer._is_retyped, optimizer._roster = True, []
         optimizer._traits_changed(entry)
+
+
+def _read_frozen(data: dict[str, Any] | None) -> dict[str, Any] | None:
+    if data is not None and data["trained"] not in {True, False, None}:
+        raise ValueError(f"'trained' is {data['trained']!r}")
+    return data
