@@ -355,7 +355,7 @@ def test_rows_of_some_parameters_are_stepped_and_all_of_others() -> None:
 
 
 ROW_REFUSALS: dict[str, tuple[Any, type[Exception], str]] = {
-    "mask": (lambda s: s.freeze_rows(["v", "w"], [True] * 2), ValueError, r"'v' \(ID .*has 3 rows, and the mask has 2"),
+    "mask": (lambda s: s.freeze_rows(["v", "w"], [True] * 2), ValueError, r"'v' \(ID .*has 3 rows, and the mask has length 2"),
     "index": (lambda s: s.freeze_rows(["v", "w"], [-4]), ValueError, r"'v' \(ID .*has 3 rows, and the index -4 points"),
     "floats": (lambda s: s.freeze_rows(["w"], [0.5]), TypeError, r"'w' .*a mask of bools or by integers, got float64"),
     "table": (lambda s: s.freeze_rows(["w"], [[0]]), ValueError, r"'w' .*of one dimension, got shape \[1, 1\]"),
@@ -368,7 +368,7 @@ ROW_REFUSALS: dict[str, tuple[Any, type[Exception], str]] = {
         r"others in parameter 'u' .*from the front",
     ),
     "unfreeze": (lambda s: s.unfreeze_rows(["w", "t"], [9]), ValueError, r"'t' .*has 2 rows, and the index 9"),
-    "step mask": (lambda s: step(s, {"w": [True]}), ValueError, r"'w' .*has 3 rows, and the mask has 1"),
+    "step mask": (lambda s: step(s, {"w": [True]}), ValueError, r"'w' .*has 3 rows, and the mask has length 1"),
     "step index": (lambda s: step(s, {"w": [3]}), ValueError, r"'w' .*the index 3 points beyond them"),
     "step second": (lambda s: step(s, {"t": [0]}), ValueError, r"'t' .*dimension 1 have steps of their own or are fro"),
     "step unknown": (lambda s: step(s, {"q": [0]}), KeyError, "no parameter is called 'q'"),
@@ -380,6 +380,7 @@ ROW_REFUSALS: dict[str, tuple[Any, type[Exception], str]] = {
     "pad second": (lambda s: s.pad_rows(["v", "t"], 1), ValueError, r"'t' .*name rows along dimension 1, or call"),
     "both": (lambda s: s.append_rows({"w": 1}, copy_of=[0]), TypeError, "a list of parameters and copy_of="),
     "neither": (lambda s: s.append_rows(["w"]), TypeError, "a mapping from parameters to their new rows"),
+    "fewer": (lambda s: s.append_rows({"w": -2}), ValueError, r"'w' .*cannot get -2 new rows"),
     "state": (lambda s: s.append_rows({"w": 2}, state_of=[0]), ValueError, r"'w' .*2 new rows, and state_of names 1"),
     "counts": (
         lambda s: s.append_rows(["w", "u"], copy_of=[0]),

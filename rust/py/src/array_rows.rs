@@ -208,8 +208,12 @@ fn appended<'py>(
     for item in rows.items()?.iter() {
         let (key, rows): (Key, Bound<'_, PyAny>) = item.cast::<PyTuple>()?.extract()?;
         let edit = Edit::new(py, store, &key, dim)?;
-        let rows = match rows.extract() {
-            Ok(count) => edit.filled(count, 0.0)?,
+        let rows = match rows.extract::<isize>().map(usize::try_from) {
+            Ok(Ok(count)) => edit.filled(count, 0.0)?,
+            Ok(Err(_)) => {
+                let label = label(py, store, edit.id);
+                return Err(PyValueError::new_err(format!("{label} cannot get {rows} new rows")));
+            }
             Err(_) => as_array(py, &rows)?,
         };
         check_new_rows(py, store, &edit, &rows)?;

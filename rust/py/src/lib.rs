@@ -17,6 +17,7 @@ mod findings;
 mod foresight;
 mod geometry;
 mod gradients;
+mod group;
 mod lender;
 mod lending;
 mod loans;
@@ -25,6 +26,7 @@ mod memory;
 mod outcome;
 mod particular;
 mod precision;
+mod problem;
 mod reading;
 mod roster;
 mod row_index;
@@ -32,12 +34,14 @@ mod running;
 mod scaling;
 mod sharing;
 mod slots;
+mod sorted_rows;
 mod state;
 mod store;
 mod store_methods;
 mod tensor;
 mod tensors;
 mod walk;
+mod written_memory;
 
 /// The name of the instruction set that the kernels run on here.
 #[pyfunction]
@@ -51,7 +55,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<store::Store>()?;
     module.add_class::<walk::Walk>()?;
     module.add_class::<outcome::Outcome>()?;
-    module.add_class::<outcome::Problem>()?;
+    module.add_class::<problem::Problem>()?;
     module.add_function(wrap_pyfunction!(tensor::connect, module)?)?;
     module.add_function(wrap_pyfunction!(tensor::connect_blockwise, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::sum_of_squares, module)?)?;

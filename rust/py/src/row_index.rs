@@ -49,7 +49,7 @@ impl RowIndex {
                 Ok((0..count).filter(|&row| mask[row]).collect())
             }
             Self::Mask(mask) => Err(PyValueError::new_err(format!(
-                "{} has {count} rows, and the mask has {} flags; pass one for each row",
+                "{} has {count} rows, and the mask has length {}; pass one flag for each row",
                 called.to_string(),
                 mask.len()
             ))),
