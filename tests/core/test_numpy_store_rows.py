@@ -355,7 +355,11 @@ def test_rows_of_some_parameters_are_stepped_and_all_of_others() -> None:
 
 
 ROW_REFUSALS: dict[str, tuple[Any, type[Exception], str]] = {
-    "mask": (lambda s: s.freeze_rows(["v", "w"], [True] * 2), ValueError, r"'v' \(ID .*has 3 rows, and the mask has length 2"),
+    "mask": (
+        lambda s: s.freeze_rows(["v", "w"], [True] * 2),
+        ValueError,
+        r"'v' \(ID .*has 3 rows, and the mask.* length 2",
+    ),
     "index": (lambda s: s.freeze_rows(["v", "w"], [-4]), ValueError, r"'v' \(ID .*has 3 rows, and the index -4 points"),
     "floats": (lambda s: s.freeze_rows(["w"], [0.5]), TypeError, r"'w' .*a mask of bools or by integers, got float64"),
     "table": (lambda s: s.freeze_rows(["w"], [[0]]), ValueError, r"'w' .*of one dimension, got shape \[1, 1\]"),
