@@ -24,9 +24,9 @@ impl Store {
     /// let mut store = Store::new();
     /// let id = store.register_values(None, None, &[3], &[1.0f32, 1.0, 1.0])?;
     /// store.freeze_rows(&[id], 0, &[1])?;
-    /// let adam = Adam { lr: 0.5, eps: 0.0, ..Adam::default() };
-    /// store.step(&[(id, (&[2.0f32; 3]).into())], &adam, &StepOptions::default())?;
-    /// assert_eq!(store.values::<f32>(id)?, [0.5, 1.0, 0.5]);
+    /// store.step(&[(id, (&[2.0f32; 3]).into())], &Adam::default(), &StepOptions::default())?;
+    /// assert!(store.values::<f32>(id)?[0] < 1.0);
+    /// assert_eq!(store.values::<f32>(id)?[1], 1.0);
     /// assert_eq!(store.row_steps(id)?, Some((0, vec![1, 0, 1])));
     /// # Ok::<(), paramstate::Error>(())
     /// ```
