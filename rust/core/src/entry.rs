@@ -1,8 +1,8 @@
 //! What the store keeps for one parameter.
 
-use std::sync::Arc;
-
-use crate::{Bounds, Buffer, Cohorts, Label, OwnedBuffer, ParamId};
+use crate::norms::HeldNorm;
+use crate::row_traits::RowTraits;
+use crate::{Bounds, Buffer, Label, OwnedBuffer, ParamId};
 
 /// One parameter: its ID, its names, its bounds, and the buffers of its value and state.
 ///
@@ -25,32 +25,13 @@ pub struct Entry {
     pub(crate) shape: Option<Vec<usize>>,
     /// Steps taken with the state held here.
     pub(crate) step: u64,
-    /// Where some rows have taken fewer.
-    pub(crate) ages: Option<RowAges>,
+    /// Where rows differ in steps, or some are frozen.
+    pub(crate) rows: Option<RowTraits>,
     /// Lower and upper bounds of each element, row-major.
     pub(crate) limits: [Option<OwnedBuffer>; 2],
+    pub(crate) norm: Option<HeldNorm>,
     pub(crate) frozen: bool,
     buffers: Vec<(String, Buffer)>,
-}
-
-/// What the rows along one dimension lack of the parameter's steps.
-#[derive(Clone, Debug)]
-pub(crate) struct RowAges {
-    pub dim: usize,
-    /// Elements of the value.
-    pub len: usize,
-    /// Elements of one row that are neighbours, row-major.
-    pub inner: usize,
-    pub offsets: Vec<i64>,
-    pub cohorts: Arc<Cohorts>,
-}
-
-impl RowAges {
-    pub(crate) fn new(dim: usize, shape: &[usize], offsets: Vec<i64>) -> Self {
-        let cohorts = Arc::new(Cohorts::new(&offsets, |_| false));
-        let inner = shape[dim + 1..].iter().product();
-        Self { dim, len: shape.iter().product(), inner, offsets, cohorts }
-    }
 }
 
 impl Entry {
@@ -61,8 +42,9 @@ impl Entry {
             bounds: Bounds::default(),
             shape: None,
             step: 0,
-            ages: None,
+            rows: None,
             limits: [None, None],
+            norm: None,
             frozen: false,
             buffers: Vec::new(),
         }
@@ -123,11 +105,14 @@ impl Entry {
         Some(self.buffers.remove(index).1)
     }
 
-    /// Leaves the value, and state as if never stepped.
+    /// Leaves the value, and state as if never stepped. Rows stay frozen, unless they are no longer
+    /// the value's.
     pub(crate) fn reset(&mut self) {
         self.buffers.retain(|(key, _)| key == crate::values::VALUE);
         self.step = 0;
-        self.ages = None;
+        let shape = self.value_shape().ok();
+        let rows = self.rows.take().filter(|rows| shape.as_ref() == Some(&rows.shape));
+        self.rows = rows.and_then(RowTraits::begun_anew);
     }
 
     pub(crate) fn label(&self) -> Label {

@@ -177,21 +177,21 @@ pub enum Error {
         /// Whose rows.
         parameter: Label,
     },
-    /// Rows along a second dimension would need steps of their own.
+    /// Rows along a second dimension would need steps of their own, or be frozen.
     #[error(
-        "the rows of {parameter} along dimension {held} have steps of their own, so those along dimension {dim} cannot; call Store::reset first"
+        "the rows of {parameter} along dimension {held} have steps of their own or are frozen, so those along dimension {dim} cannot; name rows along dimension {held}, or call Store::unfreeze_rows and Store::reset first"
     )]
     RowDimension {
         /// Whose rows.
         parameter: Label,
-        /// The dimension whose rows have steps.
+        /// The dimension whose rows differ.
         held: usize,
         /// The other.
         dim: usize,
     },
     /// Bounds of each element do not say what holds for elements that are new.
     #[error(
-        "{parameter} has bounds of each element, which say nothing of new rows; take them away with Store::set_element_bounds, and declare them anew afterwards"
+        "{parameter} has bounds of each element, which say nothing of new rows; say whose state the new rows take, or take the bounds away with Store::set_element_bounds and declare them anew afterwards"
     )]
     BoundsOfNewRows {
         /// Whose bounds.
@@ -228,6 +228,38 @@ pub enum Error {
         min: f64,
         /// The upper bound (infinity where there is none).
         max: f64,
+    },
+    /// Bounds of one element that hold for no number.
+    #[error(
+        "{parameter}: no number lies between {min} and {max}, the bounds of its element {index:?}; pass min <= max, neither of them NaN"
+    )]
+    InvalidElementBounds {
+        /// Whose bounds.
+        parameter: Label,
+        /// The element, by its index in each dimension.
+        index: Vec<usize>,
+        /// Its lower bound (minus infinity where there is none).
+        min: f64,
+        /// Its upper bound (infinity where there is none).
+        max: f64,
+    },
+    /// A norm cannot be taken over one dimension twice.
+    #[error("{parameter}: its norm is to be taken over dimension {dim} twice; name it once")]
+    RepeatedDimension {
+        /// Whose norm.
+        parameter: Label,
+        /// Which dimension.
+        dim: usize,
+    },
+    /// A norm that cannot be held to.
+    #[error(
+        "{parameter}: its norm is to be held to {got}; pass a finite number that is at least 0"
+    )]
+    InvalidNorm {
+        /// Whose norm.
+        parameter: Label,
+        /// What it was to be.
+        got: f64,
     },
     /// A setting of the optimizer lies outside its range.
     #[error("{name} is {got}; it must be {expected}")]

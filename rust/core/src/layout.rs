@@ -86,7 +86,8 @@ pub struct View {
 /// The layout of one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ViewLayout {
-    /// Dense. Where the order of elements matters (a value and its gradient lent to the store): row-major.
+    /// Dense. Where the order of elements matters (a value and its gradient lent to the store): row-major,
+    /// and of one dimension; by strides, a dense value has as many as it has.
     Flat {
         /// Elements.
         len: usize,
@@ -146,6 +147,14 @@ impl ViewLayout {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The shape, where it is by strides.
+    pub(crate) fn shape(&self) -> Option<&[usize]> {
+        match self {
+            Self::Strided { shape, .. } => Some(shape),
+            Self::Flat { .. } => None,
+        }
     }
 
     pub(crate) fn steps(&self) -> Steps<'_> {

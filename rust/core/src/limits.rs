@@ -1,29 +1,24 @@
 //! Bounds of each element of an owned parameter, and which parameters are frozen.
 
-use std::num::NonZeroUsize;
-
-use crate::elementwise;
-use crate::values::VALUE;
-use crate::{
-    Bounds, Element, Entry, Error, Execution, OwnedBuffer, ParamId, Result, Store, View, ViewLayout,
-};
+use crate::hold::whole;
+use crate::{Bounds, Element, Entry, Error, OwnedBuffer, ParamId, Result, Store, View};
 
 impl Store {
     /// Declares bounds of each element, row-major and as many as the value has, that every later
     /// step keeps in the place of the same for all ([`Store::set_bounds`]) on that side; an infinite
-    /// one bounds nothing. `None` takes them away. The value as it is now is left alone:
-    /// [`Store::hold_bounds`] moves it.
+    /// one bounds nothing. They take the place of a norm, and `None` takes them away. The value as it
+    /// is now is left alone: [`Store::hold`] moves it.
     ///
     /// # Errors
     /// [`Error::UnknownId`], [`Error::MissingBuffer`], [`Error::LenderGone`],
-    /// [`Error::ShapeMismatch`], and [`Error::InvalidBounds`] for a NaN and where a lower bound is
-    /// above the upper.
+    /// [`Error::ShapeMismatch`], and [`Error::InvalidElementBounds`] for a NaN and where a lower bound
+    /// is above the upper.
     ///
     /// ```
     /// let mut store = paramstate::Store::new();
     /// let id = store.register_values(None, None, &[3], &[-2.0f32, 0.0, 2.0])?;
     /// store.set_element_bounds(id, Some(&[-1.0f32, 1.0, f32::NEG_INFINITY]), None)?;
-    /// store.hold_bounds(id)?;
+    /// store.hold(id, paramstate::Reach::All)?;
     /// assert_eq!(store.values::<f32>(id)?, [-1.0, 1.0, 2.0]);
     /// # Ok::<(), paramstate::Error>(())
     /// ```
@@ -34,40 +29,11 @@ impl Store {
         max: Option<&[T]>,
     ) -> Result<()> {
         let entry = self.entry_mut(id)?;
-        let expected = entry.lent(VALUE)?.layout.len();
-        for (key, bound) in [("min", min), ("max", max)] {
-            if let Some(bound) = bound.filter(|bound| bound.len() != expected) {
-                let (parameter, key) = (entry.label(), key.to_owned());
-                let (expected, got) = (vec![expected], vec![bound.len()]);
-                return Err(Error::ShapeMismatch { parameter, key, expected, got });
-            }
-        }
-        let bound = |bounds: Option<&[T]>, i: usize| bounds.map(|bounds| bounds[i].to_f64());
-        let sides = min.is_some() || max.is_some();
-        for i in 0..if sides { expected } else { 0 } {
-            Bounds::new(bound(min, i), bound(max, i))?;
+        entry.check_element_bounds(&entry.value_shape()?, [min, max])?;
+        if min.is_some() || max.is_some() {
+            entry.norm = None;
         }
         entry.limits = [min, max].map(|bound| bound.map(OwnedBuffer::copy_of));
-        Ok(())
-    }
-
-    /// Moves each element of the value into the bounds that are declared for it, once. ID, moments
-    /// and steps stay.
-    ///
-    /// # Errors
-    /// [`Error::UnknownId`], [`Error::MissingBuffer`], [`Error::LenderGone`], [`Error::Expanded`],
-    /// and [`Error::ShapeMismatch`] where the value has changed its length since.
-    pub fn hold_bounds(&mut self, id: ParamId) -> Result<()> {
-        let bounds = self.bounds(id)?;
-        let entry = self.entry_mut(id)?;
-        let value = entry.lent_for_writing(VALUE)?;
-        entry.check_limits(value.layout.len())?;
-        let [min, max] = entry.limit_views();
-        let view = View { operand: value.operand, layout: value.layout };
-        let execution = Execution::new(NonZeroUsize::MIN);
-        // SAFETY: the value is the entry's own, or lent for the length of this call; no element
-        // occurs twice in it, the bounds are as many, and the store is borrowed mutably.
-        unsafe { elementwise::clamp_each(&view, bounds, [min, max], &execution) };
         Ok(())
     }
 
@@ -132,29 +98,69 @@ impl Store {
 impl Entry {
     /// The bounds of each element, row-major.
     pub(crate) fn limit_views(&self) -> [Option<View>; 2] {
-        self.limits.each_ref().map(|limit| {
-            let limit = limit.as_ref()?;
-            let layout = ViewLayout::Flat { len: limit.len() };
-            Some(View { operand: limit.operand(), layout })
-        })
+        self.limits.each_ref().map(|limit| limit.as_ref().map(whole))
     }
 
-    /// That bounds and rows, if there are any, are those of a value of so many elements.
-    pub(crate) fn check_limits(&self, len: usize) -> Result<()> {
+    /// That there is a number between the bounds of each element of a value of this shape.
+    pub(crate) fn check_element_bounds<T: Element>(
+        &self,
+        shape: &[usize],
+        [min, max]: [Option<&[T]>; 2],
+    ) -> Result<()> {
+        let expected = shape.iter().product();
+        for (key, bound) in [("min", min), ("max", max)] {
+            if let Some(bound) = bound.filter(|bound| bound.len() != expected) {
+                return Err(self.misshapen(key, &[expected], &[bound.len()]));
+            }
+        }
+        if min.is_none() && max.is_none() {
+            return Ok(());
+        }
+        let bound = |bounds: Option<&[T]>, i: usize| bounds.map(|bounds| bounds[i].to_f64());
+        for i in 0..expected {
+            if let Err(Error::InvalidBounds { min, max }) =
+                Bounds::new(bound(min, i), bound(max, i))
+            {
+                let (parameter, index) = (self.label(), place(shape, i));
+                return Err(Error::InvalidElementBounds { parameter, index, min, max });
+            }
+        }
+        Ok(())
+    }
+
+    /// That what was declared for each element, for rows or along dimensions is for a value of this shape.
+    pub(crate) fn check_declared(&self, shape: &[usize]) -> Result<()> {
+        let len = shape.iter().product();
         for (key, limit) in ["min", "max"].into_iter().zip(&self.limits) {
             if let Some(limit) = limit.as_ref().filter(|limit| limit.len() != len) {
-                let (parameter, key) = (self.label(), key.to_owned());
-                let (expected, got) = (vec![len], vec![limit.len()]);
-                return Err(Error::ShapeMismatch { parameter, key, expected, got });
+                return Err(self.misshapen(key, &[len], &[limit.len()]));
             }
         }
-        match &self.ages {
-            Some(ages) if ages.len != len => {
-                let (parameter, key) = (self.label(), "rows".to_owned());
-                let (expected, got) = (vec![len], vec![ages.len]);
-                Err(Error::ShapeMismatch { parameter, key, expected, got })
-            }
-            _ => Ok(()),
+        if let Some(rows) = self.rows.as_ref().filter(|rows| rows.shape != shape) {
+            return Err(self.misshapen("rows", shape, &rows.shape));
         }
+        let mut dims = self.norm.iter().flat_map(|norm| norm.over.iter());
+        dims.try_for_each(|&dim| self.check_dim(dim, shape))
     }
+
+    fn misshapen(&self, key: &str, expected: &[usize], got: &[usize]) -> Error {
+        let (parameter, key) = (self.label(), key.to_owned());
+        Error::ShapeMismatch { parameter, key, expected: expected.to_vec(), got: got.to_vec() }
+    }
+}
+
+/// The index of an element in each dimension.
+fn place(shape: &[usize], element: usize) -> Vec<usize> {
+    let mut rest = element;
+    let mut index: Vec<usize> = shape
+        .iter()
+        .rev()
+        .map(|&size| {
+            let along = rest % size;
+            rest /= size;
+            along
+        })
+        .collect();
+    index.reverse();
+    index
 }

@@ -1,170 +1,22 @@
-//! Rows with steps of their own: which rows are of one age, and which are skipped.
-//!
-//! A parameter has one step count `t`; where its rows differ along one dimension, row `r` has taken
-//! `t - offset[r]` steps. Rows of one offset are a cohort: they take the same scalars, and a step
-//! changes no offset of a row that takes it. So rows are sorted into cohorts when their offsets
-//! change, and each step computes the bias corrections once per cohort.
+//! Rows with steps of their own in the walk of an update: where each lies, and the scalars that it takes.
 //!
 //! In a walk over the elements, row `r` is `inner` neighbours; after the last row comes the first
 //! again where there are dimensions before the rows'. Whole blocks of one cohort run in the
 //! ordinary loop; only mixed blocks have their corrections written out element by element.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::codec::BLOCK;
+use crate::cohorts::{Codes, SKIPPED};
 use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::parallel::CHUNK;
 use crate::varied::FEW;
-use crate::{Adam, AdamScalars, Isa};
-
-/// Rows of one page are looked at once, when the cohorts are made.
-const PAGE: usize = 256;
+use crate::{Adam, AdamScalars, Cohorts, Isa};
 
 /// Rows of so many elements are worth a call of the ordinary loop each.
 const LONG_ROW: usize = 512;
-
-/// The most distinct offsets, from the least to the greatest, that a plain table is made for.
-const TABLE: usize = 1 << 20;
-
-/// The cohort of each row of one parameter.
-///
-/// ```
-/// use paramstate::Cohorts;
-///
-/// // Five steps ago rows 2 and 3 were made; row 0 is skipped this time.
-/// let cohorts = Cohorts::new(&[0, 0, 5, 5], |row| row == 0);
-/// assert_eq!(cohorts.rows(), 4);
-/// assert!(cohorts.skips_rows());
-/// ```
-#[derive(Clone, Debug)]
-pub struct Cohorts {
-    /// Of each row: 0 if it is skipped, else its cohort counted from 1.
-    codes: Codes,
-    /// The offset of each cohort.
-    offsets: Vec<i64>,
-    /// Whether any row is skipped.
-    skips: bool,
-    /// Of each page of rows: the code that all of them have.
-    pages: Vec<Option<u32>>,
-}
-
-#[derive(Clone, Debug)]
-enum Codes {
-    Few(Vec<u8>),
-    Many(Vec<u32>),
-}
-
-const SKIPPED: u32 = 0;
-
-impl Cohorts {
-    /// Sorts rows by their offsets; `skipped` names those that a step leaves as they are.
-    #[must_use]
-    pub fn new(offsets: &[i64], skipped: impl Fn(usize) -> bool) -> Self {
-        let mut finder = Finder::new(offsets);
-        let code = |(row, &offset)| if skipped(row) { SKIPPED } else { finder.code(offset) };
-        let codes: Vec<u32> = offsets.iter().enumerate().map(code).collect();
-        let page = |rows: &[u32]| rows.iter().all(|code| *code == rows[0]).then_some(rows[0]);
-        let pages = codes.chunks(PAGE).map(page).collect();
-        let (offsets, skips) = (finder.offsets, codes.contains(&SKIPPED));
-        let codes = match u8::try_from(offsets.len()) {
-            Ok(_) => Codes::Few(codes.into_iter().map(|code| code as u8).collect()),
-            Err(_) => Codes::Many(codes),
-        };
-        Self { codes, offsets, skips, pages }
-    }
-
-    /// How many rows there are.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        match &self.codes {
-            Codes::Few(codes) => codes.len(),
-            Codes::Many(codes) => codes.len(),
-        }
-    }
-
-    /// The distinct offsets of the rows that are not skipped.
-    #[must_use]
-    pub fn offsets(&self) -> &[i64] {
-        &self.offsets
-    }
-
-    /// Whether any row is skipped.
-    #[must_use]
-    pub fn skips_rows(&self) -> bool {
-        self.skips
-    }
-
-    /// The code that all of these rows have, if there is one; there is at least one row.
-    fn code_of(&self, rows: Range<usize>) -> Option<u32> {
-        let first = self.code(rows.start);
-        let pages = rows.start / PAGE..=(rows.end - 1) / PAGE;
-        let alike = pages.into_iter().all(|page| match self.pages[page] {
-            Some(code) => code == first,
-            None => {
-                let start = rows.start.max(page * PAGE);
-                self.all_are(first, start..rows.end.min((page + 1) * PAGE))
-            }
-        });
-        alike.then_some(first)
-    }
-
-    fn code(&self, row: usize) -> u32 {
-        match &self.codes {
-            Codes::Few(codes) => codes[row].into(),
-            Codes::Many(codes) => codes[row],
-        }
-    }
-
-    fn all_are(&self, code: u32, rows: Range<usize>) -> bool {
-        match &self.codes {
-            Codes::Few(codes) => codes[rows].iter().all(|held| u32::from(*held) == code),
-            Codes::Many(codes) => codes[rows].iter().all(|held| *held == code),
-        }
-    }
-}
-
-/// Numbers the distinct offsets in the order in which they are met.
-struct Finder {
-    least: i64,
-    /// Codes by offset above the least; 0 for none yet.
-    table: Vec<u32>,
-    /// Instead, where the offsets lie too far apart.
-    map: HashMap<i64, u32>,
-    latest: (i64, u32),
-    offsets: Vec<i64>,
-}
-
-impl Finder {
-    fn new(offsets: &[i64]) -> Self {
-        let (least, greatest) =
-            offsets.iter().fold((i64::MAX, i64::MIN), |(a, b), &x| (a.min(x), b.max(x)));
-        let reach = if offsets.is_empty() { 0 } else { greatest.abs_diff(least) };
-        let len = if reach < TABLE as u64 { reach as usize + 1 } else { 0 };
-        let table = vec![0; len];
-        Self { least, table, map: HashMap::new(), latest: (0, SKIPPED), offsets: Vec::new() }
-    }
-
-    #[inline]
-    fn code(&mut self, offset: i64) -> u32 {
-        if self.latest.0 == offset && self.latest.1 != SKIPPED {
-            return self.latest.1;
-        }
-        let next = self.offsets.len() as u32 + 1;
-        let slot = match self.table.get_mut(offset.abs_diff(self.least) as usize) {
-            Some(slot) => slot,
-            None => self.map.entry(offset).or_insert(SKIPPED),
-        };
-        if *slot == SKIPPED {
-            *slot = next;
-            self.offsets.push(offset);
-        }
-        self.latest = (offset, *slot);
-        *slot
-    }
-}
 
 /// The rows of one update: where they lie in the walk over its elements, and their scalars.
 ///
@@ -204,7 +56,7 @@ impl RowSteps {
         if self.corrected.replace((*adam, step)) == Some((*adam, step)) {
             return;
         }
-        let corrections = self.rows.cohorts.offsets.iter().map(|&offset| {
+        let corrections = self.rows.cohorts.offsets().iter().map(|&offset| {
             let AdamScalars { change, eps, .. } = adam.scalars(step - offset as f64, 1.0);
             [change, eps]
         });
@@ -229,7 +81,7 @@ impl RowSteps {
     pub(crate) fn few<C: Compute>(&self) -> Option<[[C; 2]; FEW]> {
         let all = self.corrections::<C>();
         let ages = 1..=FEW;
-        let few = ages.contains(&self.rows.cohorts.offsets.len());
+        let few = ages.contains(&self.rows.cohorts.offsets().len());
         few.then(|| std::array::from_fn(|place| all[(place + 1).min(all.len() - 1)]))
     }
 
@@ -251,7 +103,7 @@ impl Kernel for Spell<'_> {
 
     #[inline(always)]
     fn run(self) {
-        if let Codes::Few(codes) = &self.rows.cohorts.codes {
+        if let Codes::Few(codes) = self.rows.cohorts.codes() {
             self.rows.each(codes, self.start, self.codes, |code| *code);
         }
     }
@@ -270,7 +122,7 @@ impl<C: Compute> Kernel for Expand<'_, C> {
     #[inline(always)]
     fn run(self) {
         let Self { rows, start, corrections, target } = self;
-        match &rows.cohorts.codes {
+        match rows.cohorts.codes() {
             Codes::Few(codes) => {
                 rows.each(codes, start, target, |code| corrections[usize::from(*code)]);
             }
@@ -351,7 +203,7 @@ impl Rows {
         room: &'b mut [bool],
         isa: Isa,
     ) -> Option<&'b [bool]> {
-        if !self.cohorts.skips {
+        if !self.cohorts.skips_rows() {
             return None;
         }
         let active = &mut room[..span.len()];
@@ -397,7 +249,7 @@ impl Kernel for Activity<'_> {
     #[inline(always)]
     fn run(self) -> bool {
         let Self { rows, start, active } = self;
-        match &rows.cohorts.codes {
+        match rows.cohorts.codes() {
             Codes::Few(codes) => rows.each(codes, start, active, |code| *code != SKIPPED as u8),
             Codes::Many(codes) => rows.each(codes, start, active, |code| *code != SKIPPED),
         }

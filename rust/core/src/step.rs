@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 
+use crate::row_traits::RowTraits;
 use crate::values::{EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, VALUE, extent};
 use crate::{
     Adam, AdamTask, Buffer, Element, Entry, Error, Execution, Layout, Lent, Operand, Order,
@@ -24,8 +24,12 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Gradient<'a> {
     view: View,
+    rows: Option<Named<'a>>,
     memory: PhantomData<&'a [u8]>,
 }
+
+/// The rows along a dimension that one step is for: a flag for each.
+type Named<'a> = (usize, &'a [bool]);
 
 impl Gradient<'_> {
     /// A gradient in any memory and layout; strides may be 0.
@@ -35,7 +39,30 @@ impl Gradient<'_> {
     /// they are none of the store's.
     #[must_use]
     pub unsafe fn from_view(view: View) -> Self {
-        Self { view, memory: PhantomData }
+        Self { view, rows: None, memory: PhantomData }
+    }
+}
+
+impl<'a> Gradient<'a> {
+    /// The gradient of only those rows whose flag is set: the step leaves the others as they are,
+    /// they grow no older, and they are not in the global norm.
+    ///
+    /// ```
+    /// use paramstate::{Adam, Gradient, Store, StepOptions};
+    ///
+    /// let mut store = Store::new();
+    /// let id = store.register_values(None, None, &[2], &[1.0f32, 1.0])?;
+    /// let gradient = Gradient::from(&[3.0f32, 9.0]).of_rows(0, &[true, false]);
+    /// let options = StepOptions { max_grad_norm: Some(10.0), ..StepOptions::default() };
+    /// assert_eq!(store.step(&[(id, gradient)], &Adam::default(), &options)?.grad_norm, Some(3.0));
+    /// assert!(store.values::<f32>(id)?[0] < 1.0);
+    /// assert_eq!(store.values::<f32>(id)?[1], 1.0);
+    /// assert_eq!(store.row_steps(id)?, Some((0, vec![1, 0])));
+    /// # Ok::<(), paramstate::Error>(())
+    /// ```
+    #[must_use]
+    pub fn of_rows(self, dim: usize, rows: &'a [bool]) -> Self {
+        Self { rows: Some((dim, rows)), ..self }
     }
 }
 
@@ -43,7 +70,7 @@ impl<'a, T: Element> From<&'a [T]> for Gradient<'a> {
     fn from(grad: &'a [T]) -> Self {
         let operand = Operand { ptr: grad.as_ptr().cast_mut().cast(), dtype: T::DTYPE };
         let layout = ViewLayout::Flat { len: grad.len() };
-        Self { view: View { operand, layout }, memory: PhantomData }
+        Self { view: View { operand, layout }, rows: None, memory: PhantomData }
     }
 }
 
@@ -90,6 +117,7 @@ pub struct StepReport {
 struct Ready<'g> {
     position: usize,
     grad: &'g View,
+    named: Option<Named<'g>>,
     value: Lent,
     /// In the order of [`STATE`]; those that exist already.
     state: [Option<Lent>; 3],
@@ -99,13 +127,15 @@ const STATE: [&str; 3] = [EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ];
 
 impl Store {
     /// One step of Adam or AdamW over the parameters that have a gradient. Moments that do not
-    /// exist yet are made, zeroed, in the value's dtype. Bounds set for a parameter hold afterwards,
-    /// rows are bias-corrected by their own steps, and frozen parameters are passed over.
+    /// exist yet are made, zeroed, in the value's dtype. What is declared for a parameter holds
+    /// afterwards, rows are bias-corrected by their own steps, and what is frozen is passed over.
     ///
     /// # Errors
     /// Nothing was written after any of: [`Error::InvalidSetting`], [`Error::UnknownId`],
     /// [`Error::DuplicateGradient`], [`Error::MissingBuffer`], [`Error::LenderGone`],
-    /// [`Error::Expanded`], [`Error::ShapeMismatch`], [`Error::Overlap`].
+    /// [`Error::Expanded`], [`Error::ShapeMismatch`], [`Error::Overlap`], and of
+    /// [`Gradient::of_rows`] [`Error::NoSuchDimension`], [`Error::RowValues`],
+    /// [`Error::RowDimension`].
     ///
     /// ```
     /// use paramstate::{Adam, Store, StepOptions};
@@ -166,7 +196,12 @@ impl Store {
             }
             let value = entry.lent_for_writing(VALUE)?;
             entry.check_shape("grad", &value.layout, &gradient.view.layout)?;
-            entry.check_limits(value.layout.len())?;
+            let shape = entry.shape_of(&value.layout);
+            entry.check_declared(&shape)?;
+            if let Some((dim, rows)) = gradient.rows {
+                entry.check_row_count(dim, &shape, rows.len())?;
+                entry.check_row_dim(dim)?;
+            }
             let mut state = [const { None }; 3];
             for (slot, key) in state.iter_mut().zip(STATE) {
                 if entry.buffer(key).is_some() {
@@ -175,7 +210,8 @@ impl Store {
                     *slot = Some(lent);
                 }
             }
-            all.push(Ready { position, grad: &gradient.view, value, state });
+            let (grad, named) = (&gradient.view, gradient.rows);
+            all.push(Ready { position, grad, named, value, state });
         }
         self.check_apart(&all)?;
         Ok(all)
@@ -222,7 +258,7 @@ impl Entry {
 
     /// Makes what state is missing, counts the step, and says what is to be done.
     fn task(&mut self, ready: Ready<'_>, adam: &Adam) -> (u64, AdamTask) {
-        let Ready { grad, value, state, .. } = ready;
+        let Ready { grad, named, value, state, .. } = ready;
         let [exp_avg, exp_avg_sq, max] = state;
         let exp_avg = exp_avg.unwrap_or_else(|| self.zeros(EXP_AVG, &value));
         let exp_avg_sq = exp_avg_sq.unwrap_or_else(|| self.zeros(EXP_AVG_SQ, &value));
@@ -233,6 +269,7 @@ impl Entry {
             }
         };
         self.step += 1;
+        let step = self.step;
         let layouts = [
             &value.layout,
             &grad.layout,
@@ -247,21 +284,37 @@ impl Entry {
             exp_avg_sq: exp_avg_sq.operand,
             max_exp_avg_sq: max.as_ref().map(|max| max.operand),
             layout: common_layout(layouts),
-            scalars: adam.scalars(self.step as f64, 1.0),
+            scalars: adam.scalars(step as f64, 1.0),
             bounds: self.bounds,
-            particulars: self.particulars(adam).map(Box::new),
+            particulars: self.particulars(&value, named, adam).map(Box::new),
             precision: None,
         };
-        (self.step, task)
+        (step, task)
     }
 
-    fn particulars(&self, adam: &Adam) -> Option<Particulars> {
-        let [min, max] = self.limit_views();
-        let rows = self.ages.as_ref().map(|ages| {
-            RowSteps::new(ages.inner, Arc::clone(&ages.cohorts), adam, self.step as f64)
+    /// What is not the same for all elements. Rows that this step skips are counted as such.
+    fn particulars(
+        &mut self,
+        value: &Lent,
+        named: Option<Named<'_>>,
+        adam: &Adam,
+    ) -> Option<Particulars> {
+        let shape = self.shape_of(&value.layout);
+        let alike = |(dim, _)| RowTraits::alike(dim, &shape);
+        let traits = self.rows.take().or_else(|| named.map(alike));
+        let named = named.map(|(_, rows)| rows);
+        let sorted = traits.as_ref().map(|traits| (traits.dim, traits.cohorts(named)));
+        let projection = self.projection(value, sorted.clone());
+        let rows = sorted.map(|(dim, cohorts)| {
+            RowSteps::new(shape[dim + 1..].iter().product(), cohorts, adam, self.step as f64)
         });
-        let any = rows.is_some() || min.is_some() || max.is_some();
-        any.then(|| Particulars { rows, min, max, ..Particulars::default() })
+        if let Some(mut traits) = traits {
+            traits.age(named);
+            (self.step, self.rows) = traits.settled(self.step);
+        }
+        let [min, max] = self.limit_views();
+        let any = rows.is_some() || min.is_some() || max.is_some() || projection.is_some();
+        any.then(|| Particulars { rows, min, max, projection, ..Particulars::default() })
     }
 
     /// Zeros like the value, kept under `key`.
@@ -281,10 +334,18 @@ fn common_layout(layouts: [&ViewLayout; 5]) -> Layout {
         ViewLayout::Strided { shape, .. } => Some(shape),
         ViewLayout::Flat { .. } => None,
     });
-    let Some(shape) = shape else { return Layout::Flat { len: layouts[0].len() } };
+    let flat = Layout::Flat { len: layouts[0].len() };
+    let Some(shape) = shape else { return flat };
+    let dense = row_major(shape);
+    if layouts.iter().all(|layout| match layout {
+        ViewLayout::Strided { strides, .. } => *strides == dense,
+        ViewLayout::Flat { .. } => true,
+    }) {
+        return flat;
+    }
     let [value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq] = layouts.map(|layout| match layout {
         ViewLayout::Strided { strides, .. } => strides.clone(),
-        ViewLayout::Flat { .. } => row_major(shape),
+        ViewLayout::Flat { .. } => dense.clone(),
     });
     let shape = shape.clone();
     Layout::Strided(Box::new(StridedLayout {

@@ -210,13 +210,17 @@ impl Store {
         Ok(self.entry(id)?.bounds)
     }
 
-    /// Declares bounds that every later step keeps, at no extra pass over memory. The value as it
-    /// is now is left alone: [`Store::clip`] moves it.
+    /// Declares bounds that every later step keeps, at no extra pass over memory. They take the place
+    /// of a norm. The value as it is now is left alone: [`Store::hold`] moves it.
     ///
     /// # Errors
     /// [`Error::UnknownId`].
     pub fn set_bounds(&mut self, id: ParamId, bounds: Bounds) -> Result<()> {
-        self.entry_mut(id)?.bounds = bounds;
+        let entry = self.entry_mut(id)?;
+        entry.bounds = bounds;
+        if !bounds.is_none() {
+            entry.norm = None;
+        }
         Ok(())
     }
 

@@ -187,6 +187,21 @@ impl Store {
 }
 
 impl Entry {
+    /// The value's shape: as it was registered, or as its lender describes it. A lent value that is
+    /// described without strides has one dimension.
+    pub(crate) fn value_shape(&self) -> Result<Vec<usize>> {
+        Ok(self.shape_of(&self.lent(VALUE)?.layout))
+    }
+
+    /// The shape of a value that lies so.
+    pub(crate) fn shape_of(&self, value: &ViewLayout) -> Vec<usize> {
+        match (value.shape(), &self.shape) {
+            (Some(shape), _) => shape.to_vec(),
+            (None, Some(shape)) => shape.clone(),
+            (None, None) => vec![value.len()],
+        }
+    }
+
     /// Where a buffer's memory is now.
     pub(crate) fn lent(&self, key: &str) -> Result<Lent> {
         let (parameter, key) = (|| self.label(), key);

@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 
 use paramstate::{
-    Adam, AdamTask, Bounds, DType, Decay, Error, Execution, Layout, NewValue, Operand, Order,
-    ParamId, RowChange, SecondMoment, StepOptions, Store, adam_step,
+    Adam, AdamTask, Bounds, DType, Decay, Error, Execution, Gradient, Layout, NewValue, NormLimit,
+    Operand, Order, ParamId, Reach, RowChange, SecondMoment, StepOptions, Store, adam_step,
 };
 use proptest::prelude::*;
 
@@ -14,10 +14,16 @@ const INNER: usize = 3;
 #[derive(Clone, Debug)]
 enum Action {
     Step(u8),
+    /// Of the rows whose bit is set.
+    StepOf(u8, u16),
     Gather(Vec<usize>),
     Append(usize),
+    Pad(usize, usize),
+    Resize(usize),
     Reset(Vec<usize>),
     Freeze(bool),
+    FreezeRows(Vec<usize>),
+    UnfreezeRows(Option<Vec<usize>>),
 }
 
 fn any_action() -> impl Strategy<Value = Action> {
@@ -25,14 +31,23 @@ fn any_action() -> impl Strategy<Value = Action> {
     prop_oneof![
         4 => any::<u8>().prop_map(Action::Step),
         1 => rows().prop_map(Action::Gather),
+        2 => (any::<u8>(), any::<u16>()).prop_map(|(seed, bits)| Action::StepOf(seed, bits)),
         1 => (0usize..4).prop_map(Action::Append),
+        1 => (0usize..3, 0usize..3).prop_map(|(before, after)| Action::Pad(before, after)),
+        1 => (0usize..9).prop_map(Action::Resize),
+        2 => rows().prop_map(Action::FreezeRows),
+        1 => prop::option::of(rows()).prop_map(Action::UnfreezeRows),
         1 => rows().prop_map(Action::Reset),
         1 => any::<bool>().prop_map(Action::Freeze),
     ]
 }
 
-/// One row by itself: its value, its moments, and the steps that it has taken.
-type Row = (Vec<f32>, Vec<Vec<f32>>, u64);
+/// One row by itself: its value, its moments, the steps that it has taken, and whether it is frozen.
+type Row = (Vec<f32>, Vec<Vec<f32>>, u64, bool);
+
+fn new_row(value: Vec<f32>) -> Row {
+    (value, vec![vec![0.0; INNER]; 3], 0, false)
+}
 
 fn grad_of(seed: u8, row: usize) -> Vec<f32> {
     (0..INNER).map(|i| ((row * 7 + i * 3 + usize::from(seed)) % 11) as f32 * 0.1 - 0.5).collect()
@@ -51,7 +66,7 @@ proptest! {
             lr: 0.1, weight_decay: 0.01, decay: Decay::Decoupled, second_moment, ..Adam::default()
         };
         let mut rows: Vec<Row> =
-            (0..4).map(|row| (grad_of(9, row), vec![vec![0.0; INNER]; 3], 0)).collect();
+            (0..4).map(|row| new_row(grad_of(9, row))).collect();
         let mut store = Store::new();
         let flat = |rows: &[Vec<f32>]| -> Vec<f32> {
             if dim == 0 { rows.concat() } else {
@@ -65,21 +80,35 @@ proptest! {
         let other = store.register_values(Some("v"), None, &[4], &[0.0f32; 4]).unwrap();
         let (mut frozen, ids) = (false, [id, other]);
         for action in actions {
+            let flags: Vec<bool>;
             let count = rows.len();
             let fit = |index: Vec<usize>| -> Vec<usize> {
                 if count == 0 { Vec::new() } else { index.into_iter().map(|row| row % count).collect() }
             };
             match action {
-                Action::Step(seed) => {
+                Action::Step(seed) | Action::StepOf(seed, _) => {
                     let grads: Vec<Vec<f32>> = (0..count).map(|row| grad_of(seed, row)).collect();
                     let grads_flat = flat(&grads);
-                    let report = store.step(&[(id, (&grads_flat).into())], &adam, &StepOptions::default()).unwrap();
+                    let gradient = Gradient::from(&grads_flat);
+                    let (named, gradient) = match action {
+                        Action::StepOf(_, bits) => {
+                            flags = (0..count).map(|row| bits >> (row % 16) & 1 == 1).collect();
+                            (flags.clone(), gradient.of_rows(dim, &flags))
+                        }
+                        _ => (vec![true; count], gradient),
+                    };
+                    let options = StepOptions { max_grad_norm: Some(1e9), ..StepOptions::default() };
+                    let report = store.step(&[(id, gradient)], &adam, &options).unwrap();
                     prop_assert_eq!(report.updated, usize::from(!frozen));
-                    if !frozen {
-                        for (row, grad) in rows.iter_mut().zip(&grads) {
+                    let mut squares = 0.0;
+                    for ((row, grad), named) in rows.iter_mut().zip(&grads).zip(named) {
+                        if !frozen && !row.3 && named {
                             *row = stepped(row, grad, &adam);
+                            squares += grad.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
                         }
                     }
+                    let norm = report.grad_norm.unwrap();
+                    prop_assert!((norm - squares.sqrt()).abs() < 1e-9, "{} {}", norm, squares.sqrt());
                 }
                 Action::Gather(index) => {
                     let index = fit(index);
@@ -95,7 +124,29 @@ proptest! {
                         let edits = vec![(other, NewValue::Follows)];
                         store.edit_rows(edits, 0, RowChange::Append(new)).unwrap();
                     }
-                    rows.extend(values.into_iter().map(|value| (value, vec![vec![0.0; INNER]; 3], 0)));
+                    rows.extend(values.into_iter().map(new_row));
+                }
+                Action::Pad(before, after) => {
+                    let ids = if dim == 0 { &ids[..] } else { &ids[..1] };
+                    store.pad_rows(ids, dim, (before, after), 0.5).unwrap();
+                    let filled = |count| vec![new_row(vec![0.5; INNER]); count];
+                    rows = [filled(before), rows, filled(after)].concat();
+                }
+                Action::Resize(size) => {
+                    let ids = if dim == 0 { &ids[..] } else { &ids[..1] };
+                    store.resize_rows(ids, dim, size, -0.5).unwrap();
+                    rows.resize(size, new_row(vec![-0.5; INNER]));
+                }
+                Action::FreezeRows(index) => {
+                    let index = fit(index);
+                    store.freeze_rows(&[id], dim, &index).unwrap();
+                    index.iter().for_each(|&row| rows[row].3 = true);
+                }
+                Action::UnfreezeRows(index) => {
+                    let index = index.map(fit);
+                    store.unfreeze_rows(&[id], index.as_deref()).unwrap();
+                    let index = index.unwrap_or_else(|| (0..count).collect());
+                    index.iter().for_each(|&row| rows[row].3 = false);
                 }
                 Action::Reset(index) => {
                     let index = fit(index);
@@ -124,17 +175,21 @@ proptest! {
                 match store.row_steps(id).unwrap() {
                     Some((held, of_rows)) => {
                         prop_assert_eq!((held, &of_rows), (dim, &steps));
-                        prop_assert!(of_rows.iter().any(|step| *step != of_rows[0]), "they differ");
+                        let differ = of_rows.iter().any(|step| *step != of_rows[0]);
+                        prop_assert!(differ || rows.iter().any(|row| row.3));
                     }
                     None => prop_assert_eq!(vec![store.steps(id).unwrap(); rows.len()], steps),
                 }
+                let resting: Vec<bool> = rows.iter().map(|row| row.3).collect();
+                let expected = resting.contains(&true).then_some((dim, &resting[..]));
+                prop_assert_eq!(store.frozen_rows(id).unwrap(), expected);
             }
         }
     }
 }
 
 /// One step of one row, which is a parameter of its own for that long.
-fn stepped((value, moments, step): &Row, grad: &[f32], adam: &Adam) -> Row {
+fn stepped((value, moments, step, frozen): &Row, grad: &[f32], adam: &Adam) -> Row {
     let (mut value, mut moments, mut grad) = (value.clone(), moments.clone(), grad.to_vec());
     let operand = |x: &mut Vec<f32>| Operand { ptr: x.as_mut_ptr().cast(), dtype: DType::F32 };
     let [m, v, max] = moments.as_mut_slice() else { panic!("three moments") };
@@ -152,7 +207,7 @@ fn stepped((value, moments, step): &Row, grad: &[f32], adam: &Adam) -> Row {
     };
     // SAFETY: vectors of as many elements, which live until the end.
     unsafe { adam_step(&[task], Order::Parallel, &Execution::new(NonZeroUsize::MIN)) };
-    (value, moments, step + 1)
+    (value, moments, step + 1, *frozen)
 }
 
 fn two() -> (Store, ParamId, ParamId) {
@@ -223,9 +278,12 @@ fn bounds_of_each_element_hold_and_follow_their_rows() {
     let error = store.set_element_bounds(w, Some(&[1.0f32; 5]), None).unwrap_err();
     assert!(matches!(error, Error::ShapeMismatch { .. }), "{error}");
     let error = store.set_element_bounds(w, Some(&[1.0f32; 6]), Some(&max)).unwrap_err();
-    assert_eq!(error, Error::InvalidBounds { min: 1.0, max: 0.0 });
+    assert!(
+        error.to_string().contains("between 1 and 0, the bounds of its element [0, 1]"),
+        "{error}"
+    );
     let error = store.set_element_bounds(w, None, Some(&[f32::NAN; 6])).unwrap_err();
-    assert!(matches!(error, Error::InvalidBounds { .. }), "{error}");
+    assert!(matches!(error, Error::InvalidElementBounds { .. }), "{error}");
 }
 
 #[test]
@@ -238,4 +296,140 @@ fn a_frozen_parameter_s_gradient_is_not_in_the_norm() {
     assert_eq!((report.grad_norm, report.updated), (Some(5.0), 1));
     assert_eq!((store.steps(w).unwrap(), store.steps(v).unwrap()), (1, 2));
     assert!(store.is_frozen(w).unwrap());
+}
+
+#[test]
+fn a_frozen_row_keeps_its_bits_through_a_thousand_steps_and_goes_on_from_its_state() {
+    for dim in [0, 1] {
+        let adam = Adam { lr: 0.1, weight_decay: 0.1, decay: Decay::Decoupled, ..Adam::default() };
+        let grad = |seed: u8| -> Vec<f32> { (0..4).flat_map(|row| grad_of(seed, row)).collect() };
+        let stepped = |store: &mut Store, id, seed| {
+            let grad = grad(seed);
+            let grads = [(id, Gradient::from(&grad))];
+            store.step(&grads, &adam, &StepOptions::default()).unwrap();
+        };
+        let mut stores = [Store::new(), Store::new()];
+        let [id, twin] = stores.each_mut().map(|store| {
+            let id = store.register_values(None, None, &[4, 3], &grad(7)).unwrap();
+            (0..3).for_each(|seed| stepped(store, id, seed));
+            id
+        });
+        let [store, other] = &mut stores;
+        store.freeze_rows(&[id], dim, &[0, 2]).unwrap();
+        let of_frozen = |store: &Store| -> Vec<u32> {
+            let state = store.state::<f32>(id).unwrap().unwrap();
+            let all = [store.values::<f32>(id).unwrap(), state.exp_avg, state.exp_avg_sq];
+            let at = |i: usize| if dim == 0 { i / 3 } else { i % 3 };
+            let frozen = |values: &[f32]| -> Vec<u32> {
+                (0..12).filter(|&i| at(i) % 2 == 0).map(|i| values[i].to_bits()).collect()
+            };
+            all.into_iter().flat_map(frozen).collect()
+        };
+        let before = of_frozen(store);
+        (0..1000u32).for_each(|step| stepped(store, id, (step % 251) as u8));
+        assert_eq!(of_frozen(store), before);
+        let steps = store.row_steps(id).unwrap().unwrap();
+        assert_eq!((steps.0, &steps.1[..3]), (dim, &[3, 1003, 3][..]));
+        store.unfreeze_rows(&[id], None).unwrap();
+        stepped(store, id, 3);
+        stepped(other, twin, 3); // which has rested all the time
+        let row = |store: &Store, id| store.values::<f32>(id).unwrap()[..1].to_vec();
+        assert_eq!(row(store, id), row(other, twin));
+    }
+}
+
+#[test]
+fn frozen_rows_follow_their_values_and_a_second_dimension_is_refused() {
+    let (mut store, w, v) = two();
+    store.freeze_rows(&[w], 0, &[1]).unwrap();
+    let before = format!("{store:?}");
+    for result in [
+        store.freeze_rows(&[v, w], 1, &[0]),
+        store.freeze_rows(&[w], 1, &[0]),
+        store.freeze_rows(&[v, w], 0, &[2]),
+        store.unfreeze_rows(&[v, w], Some(&[3])),
+        store.reset_rows(&[w], 1, &[0]),
+        store
+            .step(
+                &[(w, Gradient::from(&[1.0f32; 6]).of_rows(1, &[true; 2]))],
+                &Adam::default(),
+                &StepOptions::default(),
+            )
+            .map(|_| ()),
+        store
+            .step(
+                &[(w, Gradient::from(&[1.0f32; 6]).of_rows(0, &[true; 2]))],
+                &Adam::default(),
+                &StepOptions::default(),
+            )
+            .map(|_| ()),
+        store
+            .step(
+                &[
+                    (v, (&[1.0f32; 2]).into()),
+                    (w, Gradient::from(&[1.0f32; 6]).of_rows(2, &[true; 2])),
+                ],
+                &Adam::default(),
+                &StepOptions::default(),
+            )
+            .map(|_| ()),
+    ] {
+        let error = result.unwrap_err();
+        assert!(error.to_string().contains("ID"), "{error}");
+        assert_eq!(format!("{store:?}"), before);
+    }
+    let error = store.freeze_rows(&[w], 1, &[0]).unwrap_err();
+    assert!(matches!(error, Error::RowDimension { held: 0, dim: 1, .. }), "{error}");
+    // The copy of a frozen row is frozen; a new row with the state of one is not.
+    let values = [Some(2), Some(1), Some(1), None];
+    let state = [Some(2), Some(1), None, Some(1)];
+    let change = RowChange::From { values: &values, state: &state };
+    store.edit_rows(vec![(w, NewValue::Follows)], 0, change).unwrap();
+    assert_eq!(store.frozen_rows(w).unwrap(), Some((0, &[false, true, true, false][..])));
+    assert_eq!(store.row_steps(w).unwrap(), Some((0, vec![1, 1, 0, 1])));
+    store.gather_rows(&[w], 1, &[1]).unwrap(); // along another dimension rows may move
+    store.reset(w).unwrap();
+    assert_eq!(store.frozen_rows(w).unwrap(), Some((0, &[false, true, true, false][..])));
+    store.unfreeze_rows(&[w], None).unwrap();
+    assert_eq!(store.row_steps(w).unwrap(), None);
+}
+
+#[test]
+fn a_norm_holds_along_its_dimensions_and_leaves_frozen_rows() {
+    let (mut store, w, v) = two();
+    store.set_bounds(w, Bounds::new(Some(0.0), None).unwrap()).unwrap();
+    store.set_norm(w, Some(NormLimit::AtMost(0.5)), &[1]).unwrap();
+    assert!(store.bounds(w).unwrap().is_none(), "a norm takes the place of bounds");
+    store.freeze_rows(&[w], 0, &[0]).unwrap();
+    let frozen = store.values::<f32>(w).unwrap()[..2].to_vec();
+    let norms = |store: &Store| -> Vec<f32> {
+        let values = store.values::<f32>(w).unwrap().chunks(2);
+        values.map(|row| row[0].hypot(row[1])).collect()
+    };
+    store.hold(w, Reach::Unfrozen).unwrap();
+    assert!(
+        norms(&store)[0] > 1.0 && norms(&store)[1..].iter().all(|norm| (norm - 0.5).abs() < 1e-6)
+    );
+    store
+        .step(
+            &[(w, (&[-1.0f32; 6]).into())],
+            &Adam { lr: 0.1, ..Adam::default() },
+            &StepOptions::default(),
+        )
+        .unwrap();
+    assert!(norms(&store)[1..].iter().all(|norm| (norm - 0.5).abs() < 1e-6));
+    assert_eq!(store.values::<f32>(w).unwrap()[..2], frozen);
+    store.append_rows(0, 1, &[(w, (&[3.0f32, 4.0]).into())]).unwrap(); // held at once
+    assert!((norms(&store)[3] - 0.5).abs() < 1e-6);
+    let error = store.set_norm(v, Some(NormLimit::AtMost(1.0)), &[1]).unwrap_err();
+    assert!(matches!(error, Error::NoSuchDimension { dim: 1, .. }), "{error}");
+    let error = store.set_norm(w, Some(NormLimit::AtMost(1.0)), &[1, 0, 1]).unwrap_err();
+    assert!(matches!(error, Error::RepeatedDimension { dim: 1, .. }), "{error}");
+    let error = store.set_norm(w, Some(NormLimit::Exactly(f64::NAN)), &[]).unwrap_err();
+    assert!(
+        error.to_string().contains("'w' (ID") && error.to_string().contains("finite"),
+        "{error}"
+    );
+    store.set_bounds(w, Bounds::new(None, Some(0.1)).unwrap()).unwrap();
+    assert_eq!(store.norm(w).unwrap(), None);
 }

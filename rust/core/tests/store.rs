@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use paramstate::{
-    Adam, Bounds, Buffer, DType, Error, Gradient, Lender, Lent, Operand, ParamId, StepOptions,
-    Store, View, ViewLayout,
+    Adam, Bounds, Buffer, DType, Error, Gradient, Lender, Lent, NewValue, NormLimit, Operand,
+    ParamId, Reach, RowChange, StepOptions, Store, View, ViewLayout,
 };
 
 fn id(number: u64) -> ParamId {
@@ -163,4 +163,57 @@ fn lent_values_may_interleave_but_not_share() {
     );
     let error = store.step(&[(expanded, (&six).into())], &adam, &options).unwrap_err();
     assert!(matches!(error, Error::Expanded { parameter, .. } if parameter.id == expanded));
+}
+
+#[test]
+fn strides_tell_the_shape_of_a_lent_value_and_its_rows() {
+    let memory = Arc::new(Mutex::new(Some(vec![1.0f32; 12])));
+    let mut store = Store::new();
+    // Every other column of a 3 x 4 matrix, as a 3 x 2 one.
+    let id = lend(&mut store, "w", &memory, 0, strided([3, 2], [4, 2]));
+    let held = || memory.lock().unwrap().clone().unwrap();
+    let (adam, options) = (Adam { lr: 0.5, eps: 0.0, ..Adam::default() }, StepOptions::default());
+    store.set_norm(id, Some(NormLimit::AtMost(2.0)), &[0]).unwrap();
+    store.freeze_rows(&[id], 1, &[1]).unwrap();
+    let gradient = Gradient::from(&[1.0f32; 6]);
+    store.step(&[(id, gradient.clone())], &adam, &options).unwrap();
+    let expected = [0.5, 1.0, 1.0, 1.0].repeat(3);
+    assert!(held().iter().zip(expected).all(|(x, y)| (x - y).abs() < 1e-6), "{:?}", held());
+    assert_eq!(store.row_steps(id).unwrap(), Some((1, vec![1, 0])));
+    store.set_norm(id, Some(NormLimit::Exactly(3.0)), &[0]).unwrap();
+    store.hold(id, Reach::Unfrozen).unwrap();
+    let expected = [3.0f32.sqrt(), 1.0, 1.0, 1.0].repeat(3);
+    assert!(held().iter().zip(expected).all(|(x, y)| (x - y).abs() < 1e-6), "{:?}", held());
+    // The values stay where they are, or others take their place.
+    let edit = |value| vec![(id, value)];
+    store.edit_rows(edit(NewValue::Stays), 1, RowChange::Reset(&[0])).unwrap();
+    let error = store.edit_rows(edit(NewValue::Stays), 1, RowChange::Gather(&[0])).unwrap_err();
+    assert!(matches!(error, Error::NotOwned { .. }), "{error}");
+    let lent = |layout| {
+        let lender = Shared { memory: memory.clone(), first: 0, layout };
+        NewValue::Replaced(Buffer::Borrowed(Box::new(lender)))
+    };
+    let gather = RowChange::Gather(&[0]);
+    let error = store.edit_rows(edit(lent(strided([3, 2], [4, 2]))), 1, gather).unwrap_err();
+    assert!(error.to_string().contains("shape [3, 2], the value has [3, 1]"), "{error}");
+    let error = store.edit_rows(edit(lent(strided([3, 1], [0, 1]))), 1, gather).unwrap_err();
+    assert!(matches!(error, Error::Expanded { .. }), "{error}");
+    store.edit_rows(edit(lent(strided([3, 1], [4, 1]))), 1, gather).unwrap();
+    assert_eq!(store.frozen_rows(id).unwrap(), None);
+    assert_eq!(store.steps(id).unwrap(), 0);
+    // A value of another shape takes its place without a word.
+    store.set_norm(id, Some(NormLimit::AtMost(9.0)), &[1]).unwrap();
+    store.freeze_rows(&[id], 1, &[0]).unwrap();
+    let layout = ViewLayout::Flat { len: 3 };
+    let lender = Shared { memory: memory.clone(), first: 0, layout };
+    store.set_buffer(id, "value", Buffer::Borrowed(Box::new(lender))).unwrap();
+    let gradient = || Gradient::from(&[1.0f32; 3]);
+    let error = store.step(&[(id, gradient())], &adam, &options).unwrap_err();
+    assert!(error.to_string().contains("'rows' has shape [3, 1], the value has [3]"), "{error}");
+    store.reset(id).unwrap();
+    assert_eq!(store.frozen_rows(id).unwrap(), None);
+    let error = store.step(&[(id, gradient())], &adam, &options).unwrap_err();
+    assert!(matches!(error, Error::NoSuchDimension { dim: 1, .. }), "its norm: {error}");
+    store.set_norm(id, None, &[]).unwrap();
+    store.step(&[(id, gradient())], &adam, &options).unwrap();
 }

@@ -2,7 +2,7 @@
 
 use numpy::npyffi::{NPY_ARRAY_WRITEABLE, NPY_TYPES};
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
-use paramstate::{DType, Lent, Operand, ViewLayout};
+use paramstate::{DType, Lent, Operand, ViewLayout, row_major};
 use pyo3::Borrowed;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -77,18 +77,21 @@ fn is_writable(array: &Bound<'_, PyUntypedArray>) -> bool {
     flags & NPY_ARRAY_WRITEABLE != 0
 }
 
-/// `Flat` says row after row without a gap; all else is given by its strides.
+/// `Flat` is of one dimension, without a gap; all else is given by its strides, which tell the shape.
 fn lent_as(array: &Bound<'_, PyUntypedArray>, dtype: DType) -> Option<Lent> {
     // SAFETY: the pointer is that of an array that this reference keeps alive, and the interpreter is attached.
     let data = unsafe { (*array.as_array_ptr()).fields.data };
     let operand = Operand { ptr: data.cast(), dtype };
-    let layout = if array.is_c_contiguous() {
-        ViewLayout::Flat { len: array.len() }
-    } else {
-        let itemsize = dtype.size_of() as isize;
-        let whole = |&stride: &isize| (stride % itemsize == 0).then_some(stride / itemsize);
-        let strides = array.strides().iter().map(whole).collect::<Option<_>>()?;
-        ViewLayout::Strided { shape: array.shape().to_vec(), strides }
+    let shape = array.shape();
+    let strides = match (array.is_c_contiguous(), shape) {
+        (true, [len]) => return Some(Lent { operand, layout: ViewLayout::Flat { len: *len } }),
+        // What NumPy says of a dimension of one element is any number.
+        (true, shape) => row_major(shape),
+        (false, _) => {
+            let itemsize = dtype.size_of() as isize;
+            let whole = |&stride: &isize| (stride % itemsize == 0).then_some(stride / itemsize);
+            array.strides().iter().map(whole).collect::<Option<_>>()?
+        }
     };
-    Some(Lent { operand, layout })
+    Some(Lent { operand, layout: ViewLayout::Strided { shape: shape.to_vec(), strides } })
 }

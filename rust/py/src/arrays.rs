@@ -2,8 +2,8 @@
 
 use numpy::{Element as NumpyElement, PyArray1, PyArrayMethods, PyUntypedArray};
 use paramstate::{
-    Adam, Bounds, Buffer, DType, Element, Error, Gradient, Label, OwnedBuffer, ParamId,
-    StepOptions, View, f16,
+    Adam, Buffer, DType, Element, Error, Gradient, Label, OwnedBuffer, ParamId, StepOptions, View,
+    f16,
 };
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::intern;
@@ -47,6 +47,21 @@ pub fn value<'py>(
     loan.object().bind(py).clone().cast_into::<PyUntypedArray>().map_err(|_| {
         let label = label(py, store, id);
         PyTypeError::new_err(format!("the value of {label} is lent by a tensor; ask its optimizer"))
+    })
+}
+
+/// A dimension counted from the front, of an array of this shape.
+pub fn axis(
+    py: Python<'_>,
+    store: &Store,
+    id: ParamId,
+    shape: &[usize],
+    dim: isize,
+) -> PyResult<usize> {
+    let place = if dim < 0 { dim + shape.len() as isize } else { dim };
+    usize::try_from(place).ok().filter(|axis| *axis < shape.len()).ok_or_else(|| {
+        let label = label(py, store, id);
+        PyValueError::new_err(format!("{label} has shape {shape:?}, which has no dimension {dim}"))
     })
 }
 
@@ -109,11 +124,19 @@ pub fn state<'py>(py: Python<'py>, store: &Store, id: ParamId) -> PyResult<Bound
     Ok(state)
 }
 
+/// Rows of one parameter that a step is for: a flag for each along a dimension.
+pub struct Chosen {
+    pub id: ParamId,
+    pub axis: usize,
+    pub flags: Vec<bool>,
+}
+
 /// Checks every gradient, and lets the core step.
 pub fn step(
     py: Python<'_>,
     store: &Store,
     grads: &Bound<'_, PyMapping>,
+    chosen: &[Chosen],
     adam: &Adam,
     options: &StepOptions,
 ) -> PyResult<Option<f64>> {
@@ -123,7 +146,12 @@ pub fn step(
     for item in grads.items()?.iter() {
         let (key, grad): (Key, Bound<'_, PyAny>) = item.cast::<PyTuple>()?.extract()?;
         let id = store.find(py, &key)?;
-        gradients.push((id, gradient(py, store, id, &grad)?));
+        let gradient: Gradient<'_> = gradient(py, store, id, &grad)?;
+        let gradient = match chosen.iter().find(|chosen| chosen.id == id) {
+            Some(Chosen { axis, flags, .. }) => gradient.of_rows(*axis, flags),
+            None => gradient,
+        };
+        gradients.push((id, gradient));
         held.push(grad);
     }
     let report = py.detach(|| store.lock_detached().core.step(&gradients, adam, options));
@@ -147,34 +175,6 @@ fn gradient(
     let view = View { operand: lent.operand, layout: lent.layout };
     // SAFETY: the caller holds the array until the step is done.
     Ok(unsafe { Gradient::from_view(view) })
-}
-
-/// Clips by bounds: those given, or those declared.
-pub fn clip(
-    py: Python<'_>,
-    store: &Store,
-    id: ParamId,
-    min: Option<f64>,
-    max: Option<f64>,
-) -> PyResult<()> {
-    value(py, store, id)?;
-    let given = Bounds::new(min, max).map_err(to_python)?;
-    let (declared, of_each) = {
-        let loans = store.lock(py);
-        let of_each = loans.core.has_element_bounds(id).map_err(to_python)?;
-        (loans.core.bounds(id).map_err(to_python)?, of_each)
-    };
-    if given.is_none() && of_each {
-        return py.detach(|| store.lock_detached().core.hold_bounds(id)).map_err(to_python);
-    }
-    let bounds = if given.is_none() { declared } else { given };
-    if bounds.is_none() {
-        return Err(PyValueError::new_err(format!(
-            "{} has no declared bounds; pass min, max or a function, or call set_bounds first",
-            label(py, store, id)
-        )));
-    }
-    py.detach(|| store.lock_detached().core.clip(id, bounds)).map_err(to_python)
 }
 
 /// Clips by a function from a copy of the value to what it becomes.

@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use crate::particular::Sorted;
+use crate::sorted_rows::Sorted;
 
 /// A tensor that was declared.
 type Held = Option<Py<PyAny>>;

@@ -6,8 +6,8 @@ use paramstate::AdamTask;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::outcome::{Place, Problem};
 use crate::particular::{Aging, Borrowing};
+use crate::problem::{Place, Problem};
 use crate::running::Counter;
 use crate::state::Moments;
 

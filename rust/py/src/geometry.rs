@@ -90,3 +90,19 @@ impl Geometry<'_> {
         Extent { start, itemsize, shape: self.shape_vec(), strides: self.strides_vec() }
     }
 }
+
+/// The bytes from the first to the last; empty where there is no element.
+pub fn bounding_range(extent: &Extent) -> (usize, usize) {
+    if extent.shape.contains(&0) {
+        return (extent.start, extent.start);
+    }
+    let (mut low, mut high) = (0, 0);
+    for (&size, &stride) in extent.shape.iter().zip(&extent.strides) {
+        let reach = (size as isize - 1) * stride;
+        low += reach.min(0);
+        high += reach.max(0);
+    }
+    let itemsize = extent.itemsize as isize;
+    let start = extent.start.wrapping_add_signed(low * itemsize);
+    (start, extent.start.wrapping_add_signed((high + 1) * itemsize))
+}

@@ -8,8 +8,9 @@ use std::collections::HashSet;
 use paramstate::{AdamTask, Extent, Layout, Order, overlapping};
 
 use crate::findings::Findings;
-use crate::memory::Verdict;
-use crate::sharing::{Member, STEP, VALUE, Written, bounding_range};
+use crate::geometry::bounding_range;
+use crate::sharing::{Member, STEP, VALUE, Written};
+use crate::written_memory::Verdict;
 
 impl Verdict {
     /// The order that the tasks may run in, given their gradients. Gradients that cannot be used where they lie are

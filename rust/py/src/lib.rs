@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod array;
 mod array_bounds;
+mod array_norms;
 mod array_rows;
 mod arrays;
 mod declared;
@@ -16,6 +17,7 @@ mod findings;
 mod foresight;
 mod geometry;
 mod gradients;
+mod group;
 mod lender;
 mod lending;
 mod loans;
@@ -24,17 +26,22 @@ mod memory;
 mod outcome;
 mod particular;
 mod precision;
+mod problem;
 mod reading;
 mod roster;
+mod row_index;
 mod running;
 mod scaling;
 mod sharing;
 mod slots;
+mod sorted_rows;
 mod state;
 mod store;
+mod store_methods;
 mod tensor;
 mod tensors;
 mod walk;
+mod written_memory;
 
 /// The name of the instruction set that the kernels run on here.
 #[pyfunction]
@@ -48,7 +55,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<store::Store>()?;
     module.add_class::<walk::Walk>()?;
     module.add_class::<outcome::Outcome>()?;
-    module.add_class::<outcome::Problem>()?;
+    module.add_class::<problem::Problem>()?;
     module.add_function(wrap_pyfunction!(tensor::connect, module)?)?;
     module.add_function(wrap_pyfunction!(tensor::connect_blockwise, module)?)?;
     module.add_function(wrap_pyfunction!(tensors::sum_of_squares, module)?)?;

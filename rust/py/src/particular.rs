@@ -9,25 +9,10 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::declared::{Declared, Norm};
-use crate::geometry::Density;
-use crate::outcome::Problem;
+use crate::geometry::{Density, bounding_range};
+use crate::problem::Problem;
+use crate::sorted_rows::{Sorted, Source};
 use crate::tensor::{Element, Reading, Torch};
-
-/// Rows sorted by their offsets, and what they were sorted from: as long as that stays, they stay.
-pub struct Sorted {
-    source: [Source; 2],
-    cohorts: Arc<Cohorts>,
-    /// The greatest offset of the rows that are not skipped.
-    greatest: i64,
-}
-
-/// The memory of a tensor in one state.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-struct Source {
-    address: usize,
-    rows: usize,
-    version: u64,
-}
 
 /// Rows that grow no older: their offsets are counted up when the parameter's step is.
 pub struct Aging {
@@ -251,7 +236,7 @@ impl Look<'_, '_> {
 
     fn borrow(&mut self, key: &'static str, reading: &Reading<'_>) {
         let extent = reading.geometry.extent(reading.ptr.addr(), reading.itemsize());
-        let (start, end) = crate::sharing::bounding_range(&extent);
+        let (start, end) = bounding_range(&extent);
         self.borrowings.push((start, end, key));
     }
 

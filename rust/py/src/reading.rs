@@ -4,8 +4,8 @@
 //! tensors themselves in one go, so that what was read of one is still true when the next is read.
 
 use paramstate::{
-    Adam, AdamScalars, AdamTask, BLOCK_LEN, DType, Layout, Operand, Scales, SecondMoment,
-    StridedLayout, overlaps_itself,
+    AdamTask, BLOCK_LEN, DType, Layout, Operand, Scales, SecondMoment, StridedLayout,
+    overlaps_itself,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -14,14 +14,16 @@ use crate::declared::Declarations;
 use crate::findings::{Findings, Origin};
 use crate::foresight::{Descriptions, Foresight};
 use crate::geometry::Density;
-use crate::memory::{Memory, written};
-use crate::outcome::{Place, Problem};
+use crate::group::Group;
+use crate::memory::Memory;
 use crate::particular::{self, Look, Particular, Versions};
 use crate::precision::{Known, Requested};
+use crate::problem::{Place, Problem};
 use crate::roster::{KEYS, Row};
 use crate::running::Counter;
 use crate::state::{Cursor, Moments, Names};
 use crate::tensor::{self, Blockwise, Element, Reading, Torch};
+use crate::written_memory::written;
 
 /// What all of one step is read with.
 pub struct Reader<'py, 'a> {
@@ -41,14 +43,6 @@ struct Entry {
     counter: Counter,
     descriptions: Descriptions,
     particular: Option<Box<Particular>>,
-}
-
-/// The settings of one group.
-pub struct Group {
-    pub index: usize,
-    pub adam: Adam,
-    /// Stands in a task until its step is known.
-    pub scalars: AdamScalars,
 }
 
 /// Whether a parameter's tensors were asked for a pending negation.

@@ -12,7 +12,7 @@ use pyo3::types::PyList;
 use crate::declared::Declarations;
 use crate::lender::Loan;
 use crate::loans::Loans;
-use crate::outcome::Place;
+use crate::problem::Place;
 use crate::state::NAMES;
 use crate::store::Store;
 

@@ -7,8 +7,8 @@ use paramstate::{
     clip_coefficient, gradient_squares, prefetch, scale,
 };
 
+use crate::group::Group;
 use crate::particular::Aging;
-use crate::reading::Group;
 use crate::tensor::{Element, Reading};
 
 /// A `step` tensor: one number, counted up in place.

@@ -12,9 +12,10 @@ use paramstate::{
 };
 
 use crate::findings::Findings;
-use crate::memory::{Verdict, written};
-use crate::outcome::Problem;
+use crate::geometry::bounding_range;
+use crate::problem::Problem;
 use crate::roster::KEYS;
+use crate::written_memory::{Verdict, written};
 
 /// A tensor that is written: its task, and its index in `KEYS`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -161,22 +162,6 @@ pub fn extent(task: &AdamTask, key: usize, operand: Operand) -> Extent {
             Extent { start, itemsize, shape: layout.shape.clone(), strides: strides.clone() }
         }
     }
-}
-
-/// The bytes from the first to the last; empty where there is no element.
-pub fn bounding_range(extent: &Extent) -> (usize, usize) {
-    if extent.shape.contains(&0) {
-        return (extent.start, extent.start);
-    }
-    let (mut low, mut high) = (0, 0);
-    for (&size, &stride) in extent.shape.iter().zip(&extent.strides) {
-        let reach = (size as isize - 1) * stride;
-        low += reach.min(0);
-        high += reach.max(0);
-    }
-    let itemsize = extent.itemsize as isize;
-    let start = extent.start.wrapping_add_signed(low * itemsize);
-    (start, extent.start.wrapping_add_signed((high + 1) * itemsize))
 }
 
 fn merged(mut ranges: Vec<(usize, usize)>) -> Vec<(usize, usize)> {

@@ -7,7 +7,7 @@
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use paramstate::{Adam, Decay, Direction, ParamId, SecondMoment};
+use paramstate::ParamId;
 use pyo3::exceptions::{PyKeyError, PyRuntimeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -17,10 +17,12 @@ use crate::declared::{Declarations, Declared, Norm, NormArgument};
 use crate::error::to_python;
 use crate::findings::{Findings, Room};
 use crate::foresight::Foresight;
+use crate::group::{Group, Settings};
 use crate::memory::Memory;
-use crate::outcome::{Outcome, Problem};
+use crate::outcome::Outcome;
 use crate::precision::Requested;
-use crate::reading::{Group, Reader};
+use crate::problem::Problem;
+use crate::reading::Reader;
 use crate::roster::Roster;
 use crate::running::{Request, Run};
 use crate::slots::{Link, Slot, Slots};
@@ -28,9 +30,6 @@ use crate::state::{Cursor, Names};
 use crate::store::Store;
 use crate::tensor::Torch;
 use crate::{lending, scaling};
-
-/// lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize.
-type Settings = (f64, f64, f64, f64, f64, bool, bool, bool);
 
 /// One step over a torch optimizer's tensors: read all, check, run.
 #[pyclass(frozen, module = "paramstate._core")]
@@ -335,16 +334,5 @@ impl Inner {
         let outcome = Outcome::new(&mut findings, updated, written_grads, grad_norm);
         findings.vacate(&mut self.room);
         outcome
-    }
-}
-
-impl From<(usize, Settings)> for Group {
-    fn from((index, settings): (usize, Settings)) -> Self {
-        let (lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize) = settings;
-        let decay = if decoupled { Decay::Decoupled } else { Decay::L2 };
-        let direction = if maximize { Direction::Maximize } else { Direction::Minimize };
-        let second_moment = if amsgrad { SecondMoment::Maximum } else { SecondMoment::Running };
-        let adam = Adam { lr, beta1, beta2, eps, weight_decay, decay, direction, second_moment };
-        Self { index, adam, scalars: adam.scalars(1.0, 1.0) }
     }
 }
