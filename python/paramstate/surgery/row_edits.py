@@ -440,14 +440,14 @@ class EditRows:
             for edited in changed:
                 edited.install()
             self._renew_side()
+            if changed:
+                self._let_go()
         except BaseException:
             for edited in changed:
                 if isinstance(edited, EditedBuffer):
                     edited.withdraw()
             snapshot.restore()
             raise
-        if changed:
-            self._let_go()
 
     def _let_go(self) -> None:
         """Nothing is to keep the old tensors alive until the next step: they are as large as the new ones."""
