@@ -514,8 +514,13 @@ def test_a_step_inside_the_block_is_noticed() -> None:
         ),
         (lambda rows: rows.append("weight"), TypeError, r"either values"),
         (lambda rows: rows.append("weight", 2, state_of=[0]), RowIndexError, r"2 rows are appended, state_of= names 1"),
-        (lambda rows: rows.pad("weight", -1), ValueError, r"at least 0, got -1 and 0"),
-        (lambda rows: rows.resize("weight", -1), ValueError, r"got -1"),
+        (lambda rows: rows.append("weight", -1), ValueError, r"append\(...\) .* must be at least 0, got -1"),
+        (lambda rows: rows.append("weight", [[0.0] * 3]), TypeError, r"a tensor of new rows, or how many: .* got list"),
+        (lambda rows: rows.append("weight", True), TypeError, r"got bool"),
+        (lambda rows: rows.pad("weight", -1), ValueError, r"pad\(...\) adds rows: before must be at least 0, got -1"),
+        (lambda rows: rows.pad("weight", after=1.5), TypeError, r"after must be a whole number, got float"),
+        (lambda rows: rows.resize("weight", -1), ValueError, r"resize\(...\) .* got -1"),
+        (lambda rows: rows.resize("weight", 2.5), TypeError, r"size must be a whole number, got float"),
         (lambda rows: rows.keep("wait", [0]), paramstate.UnknownParameterError, r"'wait'.*'weight'"),
     ],
 )
@@ -751,6 +756,22 @@ def test_edits_outside_of_the_block_are_refused() -> None:
     with pytest.raises(RuntimeError, match="anew"), rows:
         pass
     assert table.weight.shape == (2, 3)
+
+
+def test_what_is_edited_along_must_be_a_mapping_that_can_be_given_the_new_tensors() -> None:
+    opt = paramstate.Adam(Table())
+    with pytest.raises(TypeError, match=r"side= maps keys to tensors, as \{'count': count\}.*got list"):
+        opt.edit_rows(side=[torch.ones(5)])
+
+
+def test_numbers_of_rows_may_be_whole_numbers_of_any_kind() -> None:
+    numpy = pytest.importorskip("numpy")
+    table = Table()
+    with paramstate.Adam(table).edit_rows() as rows:
+        rows.append("weight", numpy.int64(1))
+        rows.pad("weight", before=numpy.int32(1))
+        rows.resize("weight", numpy.int64(6))
+    assert table.weight.shape == (6, 3)
 
 
 def test_a_call_that_fails_edits_none_of_its_targets() -> None:
