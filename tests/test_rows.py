@@ -258,6 +258,28 @@ def test_rows_of_any_dimension_may_be_edited() -> None:
     assert opt.row_steps("weight").tolist() == [0, 2, 2, 2, 0, 0]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_order_of_dimensions_in_memory_stays(dim: int) -> None:
+    conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    opt = paramstate.AdamW(conv, lr=0.1)
+    conv(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    opt.step()
+    before, state = conv.weight.detach().clone(), opt.state_of("weight")["exp_avg"].clone()
+    with opt.edit_rows() as rows:
+        rows.gather("weight", [2, 0, 1], dim=dim)
+        rows.append("weight", torch.ones_like(before.narrow(dim, 0, 1)), dim=dim)
+        rows.pad("weight", before=1, dim=dim)
+    moments = opt.state_of("weight")
+    assert conv.weight.grad is not None
+    for tensor in (conv.weight, conv.weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    index = torch.tensor([2, 0, 1])
+    assert torch.equal(conv.weight.narrow(dim, 1, 3), before.index_select(dim, index))
+    assert torch.equal(moments["exp_avg"].narrow(dim, 1, 3), state.index_select(dim, index))
+    assert bool((conv.weight.narrow(dim, 4, 1) == 1).all())
+    assert not conv.weight.narrow(dim, 0, 1).any()
+
+
 def test_resize_cuts_or_fills_the_end() -> None:
     table = Table()
     opt = paramstate.AdamW(table)

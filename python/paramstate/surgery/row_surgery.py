@@ -56,8 +56,10 @@ class RowSurgery(Membership):
         from .row_edits import EditRows
 
         if side is not None and not isinstance(side, MutableMapping):
-            got = type(side).__name__
-            raise TypeError(f"side= maps keys to tensors, as {{'count': count}}, and is given the new ones; got {got}")
+            raise TypeError(
+                "side= maps keys to tensors, as {'count': count}, and is given the new ones; got "
+                f"{type(side).__name__}"
+            )
         return EditRows(self, {} if side is None else side)
 
     def row_steps(self, which: Key) -> Tensor:
