@@ -183,6 +183,15 @@ def test_an_unknown_name_freezes_nothing_and_names_the_nearest() -> None:
     assert opt.frozen == []
 
 
+def test_the_nearest_of_a_mistyped_module_is_the_module() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    opt = paramstate.AdamW(model)
+    for which, near in (("hed", "'head'"), ("encodr", "'encoder', 'decoder'"), ("head.wait", "'head.weight'")):
+        with pytest.raises(paramstate.UnknownParameterError, match=f"called '{which}'; the nearest names are {near}"):
+            opt.freeze(which)
+    assert opt.frozen == []
+
+
 def test_a_module_stands_for_its_parameters() -> None:
     net = Net()
     opt = paramstate.AdamW(net)
