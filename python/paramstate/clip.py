@@ -120,7 +120,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the global norm of gradients in place: torch's function, with a second pass only where it clips.
 
-    A parameter that was frozen by ``requires_grad`` but still holds a gradient is counted: this function cannot know.
+    Every gradient that is there is counted, also that of a parameter or of rows which an optimizer froze, and one that
+    was left where ``requires_grad`` is off: this function cannot know. The optimizer's ``max_grad_norm`` leaves out
+    what the optimizer froze.
 
     Args:
         parameters: parameters whose ``.grad`` is clipped.
