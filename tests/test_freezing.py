@@ -272,6 +272,25 @@ def test_a_norm_over_frozen_and_free_rows_scales_the_free_ones_and_may_stay_off_
         free /= (9.0 + free**2) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_norm_over_rows_that_a_step_leaves_out_scales_the_others_and_a_step_of_all_rows_holds_it(
+    dtype: torch.dtype,
+) -> None:
+    weight = nn.Parameter(torch.tensor([[0.6, 0.0], [0.0, 0.8]], dtype=dtype))
+    opt = paramstate.Adam([("weight", weight)], lr=1.0, constraints=paramstate.MaxNorm(1.0))
+    weight.grad = -torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    opt.step(rows={"weight": [1]})
+    moved, norm = 1.8, (0.6**2 + 1.8**2) ** 0.5
+    assert weight[0].tolist() == torch.tensor([0.6, 0.0], dtype=dtype).tolist()
+    assert abs(weight[1, 1].item() - moved / norm) < 1e-6
+    assert weight.detach().norm() > 1.0
+    weight.grad = torch.zeros_like(weight)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step()
+    assert abs(weight.detach().norm().item() - 1.0) < 1e-6
+
+
 def test_a_norm_of_each_row_mixes_no_frozen_with_a_free_one() -> None:
     weight = nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     opt = paramstate.Adam([("weight", weight)])

@@ -31,7 +31,7 @@ class Constraining(Membership):
 
         What is frozen is not projected, neither parameters nor rows. A norm that is taken over frozen and free rows is
         that of all of them, and scales the free ones only, by the factor that all would need: it may stay off its
-        limit.
+        limit. A step of some rows does the same with those that it leaves out.
 
         Args:
             which: a parameter, a name, a pattern, a module, a selection, or several of them.
