@@ -573,6 +573,26 @@ def test_a_second_stepped_dimension_is_refused_by_name() -> None:
     assert opt.row_steps("weight").tolist() == [1] * 5 + [0]
 
 
+@pytest.mark.parametrize("why", ["steps taken", "frozen rows", "steps taken and frozen rows"])
+def test_the_advice_about_a_second_stepped_dimension_helps(why: str) -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    step(table, opt, torch.ones(5, 3), **({"rows": {"weight": [0]}} if "steps" in why else {}))
+    if "frozen" in why:
+        opt.freeze_rows("weight", [2])
+    with pytest.raises(UnsupportedError, match=rf"differ along dim 0 already \({why}\), and .*; use dim=0") as raised:
+        opt.freeze_rows("weight", [1], dim=1)
+    advice = str(raised.value)
+    if "opt.reset(...)" in advice:
+        opt.reset("weight")
+    if "opt.unfreeze_rows(...)" in advice:
+        opt.unfreeze_rows("weight")
+    opt.freeze_rows("weight", [1], dim=1)
+    before = table.weight.detach().clone()
+    step(table, opt, torch.ones(5, 3))
+    assert (table.weight != before).any(dim=0).tolist() == [True, False, True]
+
+
 def test_rows_that_are_alike_again_may_differ_along_another_dimension() -> None:
     table = Table()
     opt = paramstate.AdamW(table)
