@@ -43,6 +43,7 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
             broadcast, the parameter is complex, the function returns another shape or comes with a second bound, or
             there is neither a bound nor a declared constraint. The values are as they were.
         UnsupportedError: the parameter is on the meta device, where it has no values.
+        TypeError: ``param`` is no tensor.
 
     Example:
         >>> import torch
@@ -54,6 +55,11 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         >>> clip_(weight, lambda values: values.clamp(max=values.mean())).tolist()
         [-1.0, 0.1666666716337204, 0.1666666716337204]
     """
+    if not isinstance(param, Tensor):
+        raise TypeError(
+            f"clip_ takes the parameter itself, got {type(param).__name__}; "
+            "opt.param(opt.ids[name]) is the one of a name"
+        )
     called = _Called(param)
     if callable(max) or (callable(min) and max is not None):
         raise ConstraintError(f"{called}: a function takes the place of both bounds; give it as the only one")

@@ -119,6 +119,9 @@ def _dims(dim: int | Sequence[int] | None) -> list[int] | None:
 
 
 def _require_dims(param: Tensor, called: str, dim: int | Sequence[int] | None) -> None:
+    several = isinstance(dim, Sequence) and len(dim) > 0 and all(isinstance(one, int) for one in dim)
+    if not (dim is None or isinstance(dim, int) or several):
+        raise ConstraintError(f"{called}: dim must be a dimension, or several, got {dim!r}")
     dims = _dims(dim) or []
     wrong = [d for d in dims if not -param.dim() <= d < param.dim()]
     if wrong:
