@@ -230,6 +230,11 @@ def test_numbers_in_the_wrong_order_and_nan_are_refused_with_or_without_a_name()
         paramstate.clip_(nn.Parameter(torch.zeros(2)), 1.0, 0.0)
 
 
+def test_a_name_is_no_parameter_to_be_clipped() -> None:
+    with pytest.raises(TypeError, match=r"clip_ takes the parameter itself, got str; opt\.param\(opt\.ids\[name\]\)"):
+        paramstate.clip_("weight", 0.0, 1.0)
+
+
 def test_a_bound_that_is_no_real_number_is_refused() -> None:
     parameter, _opt = stepped()
     refused(parameter, "0", None, says=["min must be a real number or a tensor of such, got str"])

@@ -202,3 +202,16 @@ def test_gradients_are_clipped_in_a_process_that_has_made_no_optimizer() -> None
         "assert float(paramstate.clip_grad_norm_([p], 1.0)) == 5.0\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_free_function_counts_what_is_frozen_and_the_optimizers_own_norm_does_not() -> None:
+    model = nn.ModuleDict({"free": nn.Linear(2, 1, bias=False), "frozen": nn.Linear(2, 2, bias=False)})
+    opt = paramstate.AdamW(model, max_grad_norm=100.0)
+    opt.freeze("frozen", stop_gradient=False)
+    model["free"].weight.grad = torch.tensor([[3.0, 0.0]])
+    model["frozen"].weight.grad = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+    assert float(paramstate.clip_grad_norm_(model.parameters(), 100.0)) == 5.0
+    assert "cannot know" in (paramstate.clip_grad_norm_.__doc__ or "")
+    opt.step()
+    assert opt.grad_norm is not None
+    assert float(opt.grad_norm) == 3.0

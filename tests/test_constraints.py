@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import paramstate
 from paramstate import Box, ConstraintError, MaxNorm, NonNegative, Projection, UnitNorm
-from small_models import Net, give_gradient, train
+from small_models import Net, give_gradient, set_gradients, train
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -187,6 +188,61 @@ def test_what_is_no_constraint_is_a_type_error() -> None:
         opt.constrain("weight", 3)
     with pytest.raises(TypeError, match=r"must be a Box, NonNegative.* got list"):
         paramstate.Adam([weight], constraints=[Box(0.0, 1.0)])
+
+
+@pytest.mark.parametrize("kind", [NonNegative, MaxNorm, UnitNorm, Box])
+def test_a_constraint_that_was_not_called_is_refused_with_what_to_do(kind: Any) -> None:
+    weight, opt = one(torch.randn(3), Box(-9.0))
+    with pytest.raises(TypeError, match=rf"is what {kind.__name__}\(...\) gives, got {kind.__name__} itself: call it"):
+        opt.constrain("weight", kind)
+    assert weight.shape == (3,)
+
+
+@pytest.mark.parametrize("dim", ["a", (), (0, "b"), 1.5])
+def test_dimensions_that_are_none_are_refused_by_name(dim: Any) -> None:
+    _, opt = one(torch.randn(3, 2), Box(-9.0))
+    with pytest.raises(ConstraintError, match="'weight': dim must be a dimension, or several, got"):
+        opt.constrain("weight", MaxNorm(1.0, dim=dim))
+
+
+def test_a_function_that_fails_at_its_declaration_is_not_declared_and_names_the_parameter() -> None:
+    weight, opt = one(torch.randn(3), Box(-9.0))
+    before = weight.detach().clone()
+    with pytest.raises(ConstraintError, match="'weight': the function fails: ZeroDivisionError: division by zero"):
+        opt.constrain("weight", lambda values: values + 1 / 0)
+    give_gradient(weight, "g")
+    opt.step()
+    assert not torch.equal(weight, before)
+
+
+def test_what_fails_while_it_projects_leaves_all_values_and_what_was_declared_before() -> None:
+    class Fragile(paramstate.Constraint):
+        def require_fits(self, param: torch.Tensor, called: str) -> None:
+            pass
+
+        def project_(self, param: torch.Tensor, called: str) -> None:  # noqa: ARG002
+            param.mul_(2.0)
+            raise ZeroDivisionError
+
+        def holds(self, param: torch.Tensor) -> bool:  # noqa: ARG002
+            return False
+
+        def as_data(self) -> dict[str, Any]:
+            return {"kind": "fragile"}
+
+    net = Net(["first", "second"])
+    opt = paramstate.AdamW(net, lr=0.1, constraints={"first": Box(-9.0, 9.0)})
+    before = copy.deepcopy(net.state_dict())
+    for declare in (
+        lambda: opt.constrain("*.weight", Fragile()),
+        lambda: paramstate.AdamW(net, constraints={"first": Box(0.0, 0.01), "second.bias": Fragile()}),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            declare()
+        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert opt.at_bounds() == {"first.weight": 0, "first.bias": 0}
+    set_gradients(net, 1)
+    opt.step()
 
 
 def test_of_several_constraints_none_is_declared_where_one_cannot_hold() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -171,9 +172,12 @@ def test_a_small_change_in_a_coarse_dtype_is_not_taken_for_a_centring() -> None:
     assert one(values.bfloat16(), (changed - changed.mean(0, keepdim=True)).bfloat16()).kind == "changed"
 
 
-def test_another_size_is_told_with_both_shapes() -> None:
-    row = one(torch.randn(4, 3), torch.randn(5, 3))
+def test_another_size_is_told_with_both_shapes_and_has_no_difference() -> None:
+    report = diff({"p": torch.randn(4, 3)}, {"p": torch.randn(5, 3)})
+    (row,) = report.rows
     assert (row.kind, row.note) == ("changed", "shape [4, 3] -> [5, 3]")
+    assert math.isnan(row.max_abs)
+    assert str(report).splitlines()[2].split("changed")[1].strip() == "shape [4, 3] -> [5, 3]", "no number before it"
 
 
 def test_integers_and_empty_tensors_are_compared_too() -> None:

@@ -303,6 +303,16 @@ def test_a_diagnosis_is_a_table_where_rich_prints_it() -> None:
     assert "second.weight" in screen.export_text()
 
 
+def test_rich_prints_the_advice_word_for_word() -> None:
+    console = pytest.importorskip("rich.console")
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.state[nn.Parameter(torch.zeros(3))] = {"exp_avg": torch.zeros(3)}
+    screen = console.Console(width=120, record=True, file=io.StringIO())
+    screen.print(doctor(model, optimizer))
+    assert "orphaned state: del opt.state[tensor] frees it" in screen.export_text()
+
+
 @BOTH
 def test_looking_changes_nothing(kind: type[torch.optim.AdamW]) -> None:
     model = Net()

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,66 @@ def test_a_closed_session_refuses_work_and_keeps_its_record() -> None:
     for call in (session.undo, session.redo, session.toggle, session.restore, session.commit):
         with pytest.raises(EditError, match="closed"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("which", "restored"),
+    [
+        (lambda _: "first.weight", {"first.weight"}),
+        (lambda _: "first", {"first.weight", "first.bias"}),
+        (lambda _: "*.bias", {"first.bias", "second.bias"}),
+        (lambda net: net.first.weight, {"first.weight"}),
+        (lambda net: net.second, {"second.weight", "second.bias"}),
+        (lambda net: paramstate.select(net, "second") | paramstate.select(net, "*.bias"),
+         {"first.bias", "second.weight", "second.bias"}),
+    ],
+    ids=["name", "prefix", "glob", "tensor", "module", "selection"],
+)  # fmt: skip
+@pytest.mark.parametrize("by_optimizer", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_some_are_restored_by_name_pattern_tensor_module_or_selection(
+    which: Callable[[Net], Any], restored: set[str], by_optimizer: bool, replaced: bool
+) -> None:
+    net = Net(("first", "second"))
+    names = {name for name, _ in net.named_parameters()}
+    with paramstate.AdamW(net).edit() if by_optimizer else edit(net) as session:
+        for module in (net.first, net.second):
+            for key, value in list(module.named_parameters()):
+                if replaced:
+                    setattr(module, key, nn.Parameter(value.detach() + 1.0))
+                else:
+                    value.data.add_(1.0)
+        session.restore(which(net))
+        assert {change.name for change in session.changes()} == names - restored
+        assert session.history[-1] == "restored: " + ", ".join(
+            name for name, _ in net.named_parameters() if name in restored
+        )
+
+
+@pytest.mark.parametrize("by_optimizer", [False, True])
+def test_a_tied_parameter_is_restored_by_any_of_its_names_and_a_buffer_as_a_tensor(by_optimizer: bool) -> None:
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "norm": nn.BatchNorm1d(2)})
+    net["b"].weight = net["a"].weight
+    with paramstate.AdamW(net).edit() if by_optimizer else edit(net) as session:
+        net["a"].weight.data.add_(1.0)
+        net["norm"].running_mean.add_(1.0)
+        session.restore("b.weight", net["norm"].running_mean)
+        assert session.changes() == []
+
+
+def test_what_is_not_in_the_edit_is_not_restored_and_the_nearest_is_named() -> None:
+    net = Net(("first", "second"))
+    with edit(net, "first") as session:
+        net.first.weight.data.add_(1.0)
+        for which, message in (
+            ("first.wait", r"'first\.wait' is not in this edit; the nearest names are 'first\.weight'"),
+            (net.second.weight, r"a tensor of shape \[.*\] is not in this edit; it holds 'first\.weight'"),
+            (net.second, r"Layer is not in this edit; it holds"),
+            (paramstate.select(net, "second"), r"select\(Net: 'second'\) is not in this edit"),
+        ):
+            with pytest.raises(paramstate.UnknownParameterError, match=message):
+                session.restore("first.weight", which)
+        assert session.is_edited
 
 
 def test_an_unknown_name_restores_nothing() -> None:

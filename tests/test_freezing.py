@@ -183,6 +183,15 @@ def test_an_unknown_name_freezes_nothing_and_names_the_nearest() -> None:
     assert opt.frozen == []
 
 
+def test_the_nearest_of_a_mistyped_module_is_the_module() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    opt = paramstate.AdamW(model)
+    for which, near in (("hed", "'head'"), ("encodr", "'encoder', 'decoder'"), ("head.wait", "'head.weight'")):
+        with pytest.raises(paramstate.UnknownParameterError, match=f"called '{which}'; the nearest names are {near}"):
+            opt.freeze(which)
+    assert opt.frozen == []
+
+
 def test_a_module_stands_for_its_parameters() -> None:
     net = Net()
     opt = paramstate.AdamW(net)
@@ -261,6 +270,25 @@ def test_a_norm_over_frozen_and_free_rows_scales_the_free_ones_and_may_stay_off_
         weight.grad = torch.ones_like(weight)
         opt.step()
         free /= (9.0 + free**2) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_norm_over_rows_that_a_step_leaves_out_scales_the_others_and_a_step_of_all_rows_holds_it(
+    dtype: torch.dtype,
+) -> None:
+    weight = nn.Parameter(torch.tensor([[0.6, 0.0], [0.0, 0.8]], dtype=dtype))
+    opt = paramstate.Adam([("weight", weight)], lr=1.0, constraints=paramstate.MaxNorm(1.0))
+    weight.grad = -torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=dtype)
+    opt.step(rows={"weight": [1]})
+    moved, norm = 1.8, (0.6**2 + 1.8**2) ** 0.5
+    assert weight[0].tolist() == torch.tensor([0.6, 0.0], dtype=dtype).tolist()
+    assert abs(weight[1, 1].item() - moved / norm) < 1e-6
+    assert weight.detach().norm() > 1.0
+    weight.grad = torch.zeros_like(weight)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step()
+    assert abs(weight.detach().norm().item() - 1.0) < 1e-6
 
 
 def test_a_norm_of_each_row_mixes_no_frozen_with_a_free_one() -> None:

@@ -138,6 +138,23 @@ def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
     assert missing == []
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    """A page about a system from the README itself; every other one from a page that the README leads to."""
+    readme = ROOT / "README.md"
+    reached, waiting = {readme}, [readme]
+    while waiting:
+        document = waiting.pop()
+        targets = {
+            (document.parent / target).resolve() for target in LINK.findall(document.read_text(encoding="utf-8"))
+        }
+        new = {target for target in targets - reached if target.suffix == ".md" and target.is_file()}
+        reached |= new
+        waiting.extend(new)
+    assert {*(ROOT / "docs").glob("**/*.md")} <= reached
+    direct = {(ROOT / target).resolve() for target in LINK.findall(readme.read_text(encoding="utf-8"))}
+    assert {*(ROOT / "docs" / "systems").glob("*.md")} <= direct
+
+
 def test_the_rust_example_is_the_one_that_cargo_test_runs() -> None:
     (example,) = (block.text for block in blocks(ROOT / "README.md") if block.language == "rust")
     source = (ROOT / "rust/core/src/lib.rs").read_text(encoding="utf-8")

@@ -258,6 +258,28 @@ def test_rows_of_any_dimension_may_be_edited() -> None:
     assert opt.row_steps("weight").tolist() == [0, 2, 2, 2, 0, 0]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_order_of_dimensions_in_memory_stays(dim: int) -> None:
+    conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    opt = paramstate.AdamW(conv, lr=0.1)
+    conv(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    opt.step()
+    before, state = conv.weight.detach().clone(), opt.state_of("weight")["exp_avg"].clone()
+    with opt.edit_rows() as rows:
+        rows.gather("weight", [2, 0, 1], dim=dim)
+        rows.append("weight", torch.ones_like(before.narrow(dim, 0, 1)), dim=dim)
+        rows.pad("weight", before=1, dim=dim)
+    moments = opt.state_of("weight")
+    assert conv.weight.grad is not None
+    for tensor in (conv.weight, conv.weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    index = torch.tensor([2, 0, 1])
+    assert torch.equal(conv.weight.narrow(dim, 1, 3), before.index_select(dim, index))
+    assert torch.equal(moments["exp_avg"].narrow(dim, 1, 3), state.index_select(dim, index))
+    assert bool((conv.weight.narrow(dim, 4, 1) == 1).all())
+    assert not conv.weight.narrow(dim, 0, 1).any()
+
+
 def test_resize_cuts_or_fills_the_end() -> None:
     table = Table()
     opt = paramstate.AdamW(table)
@@ -514,8 +536,13 @@ def test_a_step_inside_the_block_is_noticed() -> None:
         ),
         (lambda rows: rows.append("weight"), TypeError, r"either values"),
         (lambda rows: rows.append("weight", 2, state_of=[0]), RowIndexError, r"2 rows are appended, state_of= names 1"),
-        (lambda rows: rows.pad("weight", -1), ValueError, r"at least 0, got -1 and 0"),
-        (lambda rows: rows.resize("weight", -1), ValueError, r"got -1"),
+        (lambda rows: rows.append("weight", -1), ValueError, r"append\(...\) .* must be at least 0, got -1"),
+        (lambda rows: rows.append("weight", [[0.0] * 3]), TypeError, r"a tensor of new rows, or how many: .* got list"),
+        (lambda rows: rows.append("weight", True), TypeError, r"got bool"),
+        (lambda rows: rows.pad("weight", -1), ValueError, r"pad\(...\) adds rows: before must be at least 0, got -1"),
+        (lambda rows: rows.pad("weight", after=1.5), TypeError, r"after must be a whole number, got float"),
+        (lambda rows: rows.resize("weight", -1), ValueError, r"resize\(...\) .* got -1"),
+        (lambda rows: rows.resize("weight", 2.5), TypeError, r"size must be a whole number, got float"),
         (lambda rows: rows.keep("wait", [0]), paramstate.UnknownParameterError, r"'wait'.*'weight'"),
     ],
 )
@@ -544,6 +571,26 @@ def test_a_second_stepped_dimension_is_refused_by_name() -> None:
     with opt.edit_rows() as rows:
         rows.permute("weight", [2, 1, 0], dim=1)  # without fresh rows another dimension is no matter
     assert opt.row_steps("weight").tolist() == [1] * 5 + [0]
+
+
+@pytest.mark.parametrize("why", ["steps taken", "frozen rows", "steps taken and frozen rows"])
+def test_the_advice_about_a_second_stepped_dimension_helps(why: str) -> None:
+    table = Table()
+    opt = paramstate.AdamW(table)
+    step(table, opt, torch.ones(5, 3), **({"rows": {"weight": [0]}} if "steps" in why else {}))
+    if "frozen" in why:
+        opt.freeze_rows("weight", [2])
+    with pytest.raises(UnsupportedError, match=rf"differ along dim 0 already \({why}\), and .*; use dim=0") as raised:
+        opt.freeze_rows("weight", [1], dim=1)
+    advice = str(raised.value)
+    if "opt.reset(...)" in advice:
+        opt.reset("weight")
+    if "opt.unfreeze_rows(...)" in advice:
+        opt.unfreeze_rows("weight")
+    opt.freeze_rows("weight", [1], dim=1)
+    before = table.weight.detach().clone()
+    step(table, opt, torch.ones(5, 3))
+    assert (table.weight != before).any(dim=0).tolist() == [True, False, True]
 
 
 def test_rows_that_are_alike_again_may_differ_along_another_dimension() -> None:
@@ -751,6 +798,22 @@ def test_edits_outside_of_the_block_are_refused() -> None:
     with pytest.raises(RuntimeError, match="anew"), rows:
         pass
     assert table.weight.shape == (2, 3)
+
+
+def test_what_is_edited_along_must_be_a_mapping_that_can_be_given_the_new_tensors() -> None:
+    opt = paramstate.Adam(Table())
+    with pytest.raises(TypeError, match=r"side= maps keys to tensors, as \{'count': count\}.*got list"):
+        opt.edit_rows(side=[torch.ones(5)])
+
+
+def test_numbers_of_rows_may_be_whole_numbers_of_any_kind() -> None:
+    numpy = pytest.importorskip("numpy")
+    table = Table()
+    with paramstate.Adam(table).edit_rows() as rows:
+        rows.append("weight", numpy.int64(1))
+        rows.pad("weight", before=numpy.int32(1))
+        rows.resize("weight", numpy.int64(6))
+    assert table.weight.shape == (6, 3)
 
 
 def test_a_call_that_fails_edits_none_of_its_targets() -> None:

@@ -194,8 +194,24 @@ def test_each_description_must_select_something(model: Model) -> None:
 def test_a_combination_that_is_empty_is_an_error_that_shows_it(model: Model) -> None:
     with pytest.raises(UnknownParameterError, match=r"\('hyper_net' & 'blocks'\) selects no parameter of Model"):
         len(select(model, "hyper_net") & select(model, "blocks"))
-    with pytest.raises(UnknownParameterError, match=r"~\*\* selects no parameter of Model"):
+    with pytest.raises(UnknownParameterError, match=r"~\*\* selects no parameter of Model: \*\* selects all of them"):
         len(~select(model))
+
+
+def test_a_combination_that_is_empty_shows_what_each_of_its_parts_selects(model: Model) -> None:
+    with pytest.raises(UnknownParameterError) as raised:
+        len(select(model, "blocks") & select(model, "*.bias"))
+    assert str(raised.value).startswith(
+        "('blocks' & '*.bias') selects no parameter of Model: 'blocks' selects 'blocks.0."
+    )
+    assert str(raised.value).endswith(", and '*.bias' selects 'hyper_net.bias', 'hyper_net_ema.bias'")
+
+
+def test_an_empty_combination_is_an_error_inside_another_too(model: Model) -> None:
+    empty = select(model, "hyper_net") & select(model, "blocks")
+    for selection in (empty | select(model, "hyper_net"), select(model, "hyper_net") - empty, ~empty):
+        with pytest.raises(UnknownParameterError, match=r"\('hyper_net' & 'blocks'\) selects no parameter of Model"):
+            len(selection)
 
 
 def test_a_tied_parameter_that_is_selected_by_half_is_an_error_that_names_both_names() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import paramstate
 from paramstate import Adam, AdamW, UnknownParameterError, select
 from paramstate.precision.blockwise import BlockwiseTensor
+from paramstate.precision.state_dtype import kept_as
 from precision_models import FLOATS, KINDS, MOMENTS, floats, kept, step, two_layers
 from small_models import give_gradient
 
@@ -90,6 +92,23 @@ def test_small_parameters_and_vectors_stay_in_float32(shape: tuple[int, ...], ex
     param.grad = torch.ones(shape)
     opt.step()
     assert kept(opt, "p") == kept(opt, "p", "exp_avg_sq") == expected
+
+
+def test_a_shard_counts_as_the_whole_parameter_that_it_is_of() -> None:
+    """One process of two holds less than 4,096 elements of a parameter that has more: the rule is the whole's."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        large, small = (distribute_tensor(torch.ones(64, n), mesh, [Shard(0)]) for n in (96, 63))
+        assert large.to_local().numel() < 4096 <= large.numel()
+        assert [kept_as("8bit", shard) for shard in (large, small)] == ["8bit", "float32"]
+        assert kept_as("8bit", distribute_tensor(torch.ones(9000), mesh, [Shard(0)])) == "float32"
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_mapping_declares_for_patterns_modules_selections_and_names() -> None:

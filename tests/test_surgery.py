@@ -125,3 +125,23 @@ def test_a_vectors_frozen_elements_go_through_the_map() -> None:
     opt.step()
     assert torch.equal(model.bias[3], frozen)
     assert opt.row_steps("bias").tolist() == [1, 1, 1, 0]
+
+
+def test_a_map_that_multiplies_by_a_matrix_of_the_models_dtype_is_judged_by_what_it_does() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    opt = paramstate.Adam(layer, lr=0.1)
+    layer.weight.grad = torch.arange(6.0).reshape(2, 3) + 1.0
+    opt.step()
+    before = opt.state_of("weight")["exp_avg"].clone()
+    order = torch.eye(3)[[2, 0, 1]]
+    for matrix, message in (
+        (torch.ones(3, 3) / 3.0, "it mixes or changes elements"),
+        (2.0 * order, "it mixes or changes elements"),
+        (order[:, :2], "it drops elements: 2 of 6, the first at \\[0, 0\\]"),
+        (torch.ones(2, 2), "fails on shape .*mat1 and mat2 shapes"),
+    ):
+        value = layer.weight.detach() @ matrix if len(matrix) == 3 else layer.weight.detach()
+        with pytest.raises(paramstate.StateShapeError, match=message):
+            opt.replace_("weight", value, state=lambda moment, matrix=matrix: moment @ matrix)
+    opt.replace_("weight", layer.weight.detach() @ order, state=lambda moment: moment @ order)
+    assert torch.equal(opt.state_of("weight")["exp_avg"], before @ order)

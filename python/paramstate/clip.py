@@ -43,6 +43,7 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
             broadcast, the parameter is complex, the function returns another shape or comes with a second bound, or
             there is neither a bound nor a declared constraint. The values are as they were.
         UnsupportedError: the parameter is on the meta device, where it has no values.
+        TypeError: ``param`` is no tensor.
 
     Example:
         >>> import torch
@@ -54,6 +55,11 @@ def clip_(param: Tensor, min: Bound | Callable[[Tensor], Tensor] = None, max: Bo
         >>> clip_(weight, lambda values: values.clamp(max=values.mean())).tolist()
         [-1.0, 0.1666666716337204, 0.1666666716337204]
     """
+    if not isinstance(param, Tensor):
+        raise TypeError(
+            f"clip_ takes the parameter itself, got {type(param).__name__}; "
+            "opt.param(opt.ids[name]) is the one of a name"
+        )
     called = _Called(param)
     if callable(max) or (callable(min) and max is not None):
         raise ConstraintError(f"{called}: a function takes the place of both bounds; give it as the only one")
@@ -120,7 +126,9 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the global norm of gradients in place: torch's function, with a second pass only where it clips.
 
-    A parameter that was frozen by ``requires_grad`` but still holds a gradient is counted: this function cannot know.
+    Every gradient that is there is counted, also that of a parameter or of rows which an optimizer froze, and one that
+    was left where ``requires_grad`` is off: this function cannot know. The optimizer's ``max_grad_norm`` leaves out
+    what the optimizer froze.
 
     Args:
         parameters: parameters whose ``.grad`` is clipped.

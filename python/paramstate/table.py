@@ -27,7 +27,8 @@ def rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], capt
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, caption=caption, caption_justify="left")
+    # Text, for "[tensor]" in a sentence would be taken for markup.
+    table = Table(title=title, caption=Text(caption), caption_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

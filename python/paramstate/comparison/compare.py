@@ -112,7 +112,7 @@ def _judge(link: Link, role: str, x: Tensor, y: Tensor) -> Row:
         b_dtype=y.dtype,
     )
     if link.part(x).numel() != link.target(y).numel():
-        return replace(row, note=f"shape {list(x.shape)} -> {list(y.shape)}")
+        return replace(row, max_abs=math.nan, note=f"shape {list(x.shape)} -> {list(y.shape)}")
     return _judge_laid_out(row, link, x, y)
 
 
@@ -208,7 +208,8 @@ def _judge_carried(mapped: Mapped, role: str, one: Roles, y: Tensor) -> Row:
         b_dtype=y.dtype,
     )
     if carried.shape != y.shape:
-        return replace(row, note=f"the map gives shape {list(carried.shape)}, there is {list(y.shape)}")
+        given = f"the map gives shape {list(carried.shape)}, there is {list(y.shape)}"
+        return replace(row, max_abs=math.nan, note=given)
     largest, relative = magnitude(carried, y)
     row = replace(row, max_abs=largest, relative=relative)
     relation = compare(carried, y) or explain(carried, y)

@@ -58,7 +58,7 @@ class Row:
     folded: tuple[str, ...] = ()
     """The tensors of the first side (of the second where ``inverse``) that went into this one."""
     max_abs: float = 0.0
-    """The largest absolute difference, once laid out alike; NaN where there is no partner."""
+    """The largest absolute difference, once laid out alike; NaN where there is no partner, or one of another size."""
     relative: float = math.nan
     """The norm of the difference by the norm of the first side's value."""
     a_shape: tuple[int, ...] | None = None

@@ -20,7 +20,7 @@ class MaxNorm(Constraint):
     """Euclidean norms stay at or below a maximum; what is longer is scaled down to it, directly after the step.
 
     For the units of a layer: Hinton et al. 2012, arXiv:1207.0580, appendix A.1. A norm over frozen and free rows scales
-    the free ones only, and so may stay above its maximum.
+    the free ones only, and so may stay above its maximum; ``step(rows=...)`` does so with the rows that it leaves out.
 
     Args:
         max: the greatest norm allowed, at least 0.
@@ -73,7 +73,8 @@ class MaxNorm(Constraint):
 class UnitNorm(Constraint):
     """Euclidean norms stay 1: values are divided by their norm, directly after the step. A norm of 0 is left alone.
 
-    A norm over frozen and free rows scales the free ones only, and so may not be 1.
+    A norm over frozen and free rows scales the free ones only, and so may not be 1; ``step(rows=...)`` does so with the
+    rows that it leaves out.
 
     Args:
         dim: over which dimensions the norms are taken, as in :class:`MaxNorm`.
@@ -118,6 +119,9 @@ def _dims(dim: int | Sequence[int] | None) -> list[int] | None:
 
 
 def _require_dims(param: Tensor, called: str, dim: int | Sequence[int] | None) -> None:
+    several = isinstance(dim, Sequence) and len(dim) > 0 and all(isinstance(one, int) for one in dim)
+    if not (dim is None or isinstance(dim, int) or several):
+        raise ConstraintError(f"{called}: dim must be a dimension, or several, got {dim!r}")
     dims = _dims(dim) or []
     wrong = [d for d in dims if not -param.dim() <= d < param.dim()]
     if wrong:

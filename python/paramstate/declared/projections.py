@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paramstate.errors import ConstraintError, UnsupportedError
 
-from .constraints import Box, Constraint, FunctionOfValues
+from .constraints import Box, Constraint, FunctionOfValues, NonNegative
 from .norm_constraints import MaxNorm, UnitNorm
 
 
@@ -34,7 +34,12 @@ class Projection(Constraint):
 
     def require_fits(self, param: Tensor, called: str) -> None:
         """See :meth:`Constraint.require_fits`: the function is called once to see."""
-        self._projected(param, called)
+        try:
+            self._projected(param, called)
+        except ConstraintError:
+            raise
+        except Exception as error:
+            raise ConstraintError(f"{called}: the function fails: {type(error).__name__}: {error}") from error
 
     def project_(self, param: Tensor, called: str) -> None:
         """See :meth:`Constraint.project_`."""
@@ -75,6 +80,9 @@ def as_constraint(declared: object) -> Constraint:
     """
     if isinstance(declared, Constraint):
         return declared
+    if declared is NonNegative or (isinstance(declared, type) and issubclass(declared, Constraint)):
+        name = getattr(declared, "__name__", "")
+        raise TypeError(f"a constraint is what {name}(...) gives, got {name} itself: call it")
     if callable(declared):
         return Projection(declared)
     raise TypeError(

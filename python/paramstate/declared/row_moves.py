@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FRESH = -1
 """The source of a row that comes from none."""
@@ -36,7 +36,7 @@ class Move:
 
 
 def moved(tensor: Tensor, dim: int, sources: Tensor, fill: Tensor | None = None) -> Tensor:
-    """``tensor`` with rows along ``dim`` from ``sources``, in new contiguous memory.
+    """``tensor`` with rows along ``dim`` from ``sources``, in new memory with its dimensions in the same order.
 
     Args:
         tensor: any dtype and device.
@@ -44,6 +44,10 @@ def moved(tensor: Tensor, dim: int, sources: Tensor, fill: Tensor | None = None)
         sources: for each new row the old one, or ``FRESH``.
         fill: the fresh rows in order; zeros without it.
     """
+    order = _memory_order(tensor)
+    if order is not None:
+        turned = moved(tensor.permute(order), order.index(dim), sources, None if fill is None else fill.permute(order))
+        return turned.permute([order.index(place) for place in range(len(order))])
     fresh = (sources == FRESH).nonzero().flatten().to(tensor.device)
     if len(fresh) == len(sources):  # there may be no old row at all
         shape = list(tensor.shape)
@@ -56,3 +60,14 @@ def moved(tensor: Tensor, dim: int, sources: Tensor, fill: Tensor | None = None)
     elif len(fresh):
         new.index_fill_(dim, fresh, 0)
     return new
+
+
+def _memory_order(tensor: Tensor) -> list[int] | None:
+    """The dimensions as they lie in memory, the widest first; ``None`` where that is their own order.
+
+    Weights of a convolution in ``channels_last`` stay so: their gradients arrive in that order as well.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_contiguous():
+        return None
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return None if order == list(range(tensor.dim())) else order

@@ -103,9 +103,13 @@ def along(rows: Rows | None, param: Tensor, dim: int, called: str) -> Rows:
     if rows.dim != dim and common is not None:
         return Rows(dim, torch.full((param.shape[dim],), common, dtype=torch.int64))
     if rows.dim != dim:
+        differ = bool((rows.offsets != rows.offsets[0]).any())
+        some_frozen = rows.frozen is not None and bool(rows.frozen.any())
+        reasons = [*(["steps taken"] if differ else []), *(["frozen rows"] if some_frozen else [])]
+        advice = [*(["opt.reset(...)"] if differ else []), *(["opt.unfreeze_rows(...)"] if some_frozen else [])]
         raise UnsupportedError(
-            f"{called}: its rows differ along dim {rows.dim} already (steps taken, or frozen rows), and a second such "
-            f"dimension, {dim}, is not kept; use dim={rows.dim}, or reset the parameter first"
+            f"{called}: its rows differ along dim {rows.dim} already ({' and '.join(reasons)}), and a second such "
+            f"dimension, {dim}, is not kept; use dim={rows.dim}, or {' and '.join(advice)} first"
         )
     return rows
 

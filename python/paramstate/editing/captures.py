@@ -24,6 +24,11 @@ class Item(Protocol):
         """Its canonical name."""
         ...
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its names: several where it is tied."""
+        ...
+
     def held(self) -> Tensor | None:
         """The tensor that stands there now; ``None`` where none does."""
         ...
@@ -41,8 +46,13 @@ class Item(Protocol):
 class SlotItem:
     """A parameter or buffer of a model, with all the slots that hold it."""
 
-    name: str
+    names: tuple[str, ...]
     slots: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def name(self) -> str:
+        """See :attr:`Item.name`."""
+        return self.names[0]
 
     def held(self) -> Tensor | None:
         """See :meth:`Item.held`."""
@@ -57,7 +67,11 @@ class SlotItem:
 
     def is_held(self, tensor: Tensor) -> bool:
         """See :meth:`Item.is_held`."""
-        return any(module._parameters.get(attribute) is tensor for module, attribute in self.slots)
+        return any(
+            held.get(attribute) is tensor
+            for module, attribute in self.slots
+            for held in (module._parameters, module._buffers)
+        )
 
     def put(self, tensor: Tensor | None) -> None:
         """See :meth:`Item.put`."""
@@ -140,7 +154,10 @@ def items_of(model: nn.Module, params: Iterable[Tensor]) -> list[Item]:
     for place in tree.places:
         if place.param in wanted:
             slots.setdefault(place.param, []).append(place)
-    tied = [SlotItem(held[0].path, tuple((place.module, place.attribute) for place in held)) for held in slots.values()]
+    tied = [
+        SlotItem(tuple(place.path for place in held), tuple((place.module, place.attribute) for place in held))
+        for held in slots.values()
+    ]
     return [*tied, *buffer_items([(tree, "")], wanted, [item.name for item in tied])]
 
 
@@ -172,7 +189,7 @@ def buffer_items(
     for prefix, label, module, key in slots:
         name = prefix + key
         own = name if sharing[name] == 1 else _unused(f"{label}:{name}", items)
-        items[own] = SlotItem(own, ((module, key),))
+        items[own] = SlotItem((own,), ((module, key),))
     return list(items.values())
 
 

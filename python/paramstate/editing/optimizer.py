@@ -93,6 +93,10 @@ class _EntryItem:
     optimizer: Membership
     entry: Entry
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.name, *self.optimizer._table.names(self.entry))))
+
     def held(self) -> Tensor | None:
         """The parameter, or ``None`` once it left the optimizer."""
         return self.entry.param if self.optimizer._has(self.entry) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from paramstate.errors import EditError, UnknownParameterError
+from paramstate.errors import EditError, UnknownParameterError, listed
+from paramstate.identity.membership import Key, Several
 from paramstate.identity.write_counts import put_back
-from paramstate.selection.selecting import Selectable, select
+from paramstate.selection.patterns import matching, nearest
+from paramstate.selection.selecting import Selectable, Selection, select
 
 from .captures import Capture, Captured, Item, capture, items_of
 
@@ -219,25 +221,43 @@ class EditSession:
             raise EditError("there is no edit to change to: the model holds the original")
         self._go_to(len(self._history) - 1 if self._position == 0 else 0)
 
-    def restore(self, *names: str) -> None:
+    def restore(self, *which: Key | Several) -> None:
         """Go back to the original, of all or of some; the edit stays in the history.
 
         Args:
-            names: parameters and buffers by canonical name; all by default.
+            which: parameters and buffers by name or pattern, as tensors, modules or selections; all by default. Of a
+                module or a selection it is what this session holds.
 
         Raises:
-            UnknownParameterError: a name is not in this session. Nothing is restored then.
+            UnknownParameterError: one of them is not in this session. Nothing is restored then.
         """
-        base = self._history[0]
-        unknown = [name for name in names if name not in base.values]
-        if unknown:
-            raise UnknownParameterError(f"{unknown[0]!r} is not in this edit; it holds {', '.join(base.values)}")
+        names = list(dict.fromkeys(name for one in which for name in self._names_of(one)))
         self.mark()
-        if names:
-            self._put(base, names)
+        if which:
+            self._put(self._history[0], names)
             self.mark("restored: " + ", ".join(names))
         else:
             self._go_to(0)
+
+    def _names_of(self, one: Key | Several) -> list[str]:
+        """The names of what a parameter, a name, a module or a selection stands for in this session."""
+        names = {name: item.name for item in self._items for name in item.names}
+        if isinstance(one, str):
+            found = [names[one]] if one in names else [names[name] for name in matching(one, names)]
+            missing = nearest(one, names)
+        else:
+            tensors = [one] if isinstance(one, Tensor) else [*_tensors_of(one)]
+            found = [item.name for item in self._items if any(map(self._holder(item), tensors))]
+            missing = f"it holds {listed(list(names), 3)}"
+        if not found:
+            called = f"a tensor of shape {list(one.shape)}" if isinstance(one, Tensor) else _called(one)
+            raise UnknownParameterError(f"{called} is not in this edit; {missing}")
+        return found
+
+    def _holder(self, item: Item) -> Callable[[Tensor], bool]:
+        """Whether a tensor is an item's, now or in the original."""
+        original = self._history[0].values[item.name].tensor
+        return lambda tensor: tensor is original or item.is_held(tensor)
 
     def commit(self) -> None:
         """Keep what the model holds now: it is the original from here on."""
@@ -297,6 +317,15 @@ class EditSession:
 
     def _holds(self, tensor: Tensor) -> bool:
         return any(item.is_held(tensor) for item in self._items)
+
+
+def _tensors_of(several: Several) -> Iterator[Tensor]:
+    """The parameters that a selection means, or the parameters and buffers of a module."""
+    yield from (several if isinstance(several, Selection) else (*several.parameters(), *several.buffers()))
+
+
+def _called(one: str | Several) -> str:
+    return type(one).__name__ if isinstance(one, nn.Module) else repr(one)
 
 
 def sessions_on(tensor: Tensor) -> list[tuple[object, EditSession]]:

@@ -49,6 +49,7 @@ class Enrolment(Succession):
             self._admit(position, places)
         ids = [[self._table.find(param).id for param in group] for group in groups]
         kinds = [self._kept_as(param) for group in groups for param in group]
+        self._roster = []  # where the next line is interrupted, what the walk has is not known: all are enrolled again
         self._walk.enroll(groups, ids, kinds if any(kinds) else None)
         self._roster = groups
         self._index = None

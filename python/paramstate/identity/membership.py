@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from paramstate import _core
 from paramstate.errors import OverlapError, SelectionError, UnknownParameterError, listed
-from paramstate.selection.patterns import matching
+from paramstate.selection.patterns import matching, nearest
 from paramstate.selection.selecting import Selection, select
 from paramstate.selection.tied import selected_whole
 
@@ -202,7 +202,18 @@ class Membership(Enrolment):
             chosen = set(matching(key, self._table.ids()))
             if chosen:
                 return list(selected_whole({entry: self._table.names(entry) for entry in self._table}, chosen))
+            self._require_meant(key)
         return [self._table.find(key)]
+
+    def _require_meant(self, text: str) -> None:
+        """Refuse a pattern that no name matches, and that is no name which several share.
+
+        Raises:
+            UnknownParameterError: with the nearest names, of parameters and of what holds them.
+        """
+        names = self._table.ids()
+        if names and text not in self._table.ambiguous:
+            raise UnknownParameterError(f"no parameter is called {text!r}; {nearest(text, names)}")
 
     def _selection_of(self, module: nn.Module) -> Selection:
         """The parameters of a module: as a part of the model that it is in, where the optimizer knows that."""

@@ -41,6 +41,15 @@ class Names:
             self.by_param.setdefault(place.param, []).append(number)
             self.by_path.setdefault(place.path, []).append(number)
 
+    @property
+    def model(self) -> str:
+        """How a message calls the model."""
+        return type(self.modules[0][1]).__name__
+
+    def shown(self, numbers: set[int]) -> str:
+        """Some of these slots, for a message."""
+        return listed([self.paths[number] for number in sorted(numbers)], 3) or "none"
+
     def of_parameter(self, path: str) -> set[int]:
         """Every slot of the parameter that is called ``path``: each of a tied parameter's names stands for it."""
         return {number for found in self.by_path.get(path, ()) for number in self.by_param[self.places[found].param]}
@@ -79,7 +88,7 @@ class Expression(ABC):
             SelectionError: a tied parameter is meant by some of its names only.
         """
         names = Names(model, Tree(model) if tree is None else tree)
-        chosen = names.found(self.slots(names), lambda: f"{self} selects no parameter of {type(model).__name__}")
+        chosen = self.slots(names)
         parameters = {param: [names.paths[number] for number in numbers] for param, numbers in names.by_param.items()}
         return selected_whole(parameters, {names.paths[number] for number in chosen})
 
@@ -236,7 +245,14 @@ class Intersection(Expression):
 
     def slots(self, names: Names) -> set[int]:
         """The slots of both."""
-        return self.one.slots(names) & self.other.slots(names)
+        one, other = self.one.slots(names), self.other.slots(names)
+        return names.found(
+            one & other,
+            lambda: (
+                f"{self} selects no parameter of {names.model}: {self.one} selects {names.shown(one)}, and "
+                f"{self.other} selects {names.shown(other)}"
+            ),
+        )
 
     def __str__(self) -> str:
         return f"({self.one} & {self.other})"
@@ -250,7 +266,10 @@ class Complement(Expression):
 
     def slots(self, names: Names) -> set[int]:
         """The slots that are not the part's."""
-        return set(range(len(names.places))) - self.part.slots(names)
+        rest = set(range(len(names.places))) - self.part.slots(names)
+        return names.found(
+            rest, lambda: f"{self} selects no parameter of {names.model}: {self.part} selects all of them"
+        )
 
     def __str__(self) -> str:
         return f"~{self.part}"

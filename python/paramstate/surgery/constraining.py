@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from paramstate.bits import same_bits
 from paramstate.declared.bounds import require_values
 from paramstate.declared.constraints import AnyConstraint, Box, Constraint
 from paramstate.declared.rows import Rows
@@ -31,7 +33,7 @@ class Constraining(Membership):
 
         What is frozen is not projected, neither parameters nor rows. A norm that is taken over frozen and free rows is
         that of all of them, and scales the free ones only, by the factor that all would need: it may stay off its
-        limit.
+        limit. A step of some rows does the same with those that it leaves out.
 
         Args:
             which: a parameter, a name, a pattern, a module, a selection, or several of them.
@@ -41,7 +43,7 @@ class Constraining(Membership):
         Raises:
             UnknownParameterError: one of them is not known. Nothing is declared then.
             ConstraintError: it cannot hold for one of them (reversed or NaN bounds, bounds that do not broadcast, a
-                complex parameter, a dimension that is not there). Nothing is declared then.
+                complex parameter, a dimension that is not there, a function that fails). Nothing is declared then.
 
         Example:
             >>> import torch
@@ -63,10 +65,27 @@ class Constraining(Membership):
         for entry, constraint in declared:
             if constraint is not None:
                 constraint.require_fits(entry.param, self._table.called(entry))
-        for entry, constraint in declared:
-            entry.constraint = constraint
-            self._traits_changed(entry)
-            self._project_entry(entry)
+        with self._all_or_nothing([entry for entry, _ in declared], [constraint for _, constraint in declared]):
+            for entry, constraint in declared:
+                entry.constraint = constraint
+                self._traits_changed(entry)
+                self._project_entry(entry)
+
+    @contextmanager
+    def _all_or_nothing(self, entries: list[Entry], constraints: list[Constraint | None]) -> Iterator[None]:
+        """Take back what is declared where projecting fails, which only code of the user's can do."""
+        may_fail = any(constraint is not None and not constraint.is_held_by_the_step for constraint in constraints)
+        before = [(entry, entry.constraint, entry.param.detach().clone() if may_fail else None) for entry in entries]
+        try:
+            yield
+        except BaseException:
+            for entry, constraint, value in before:
+                entry.constraint = constraint
+                self._traits_changed(entry)
+                if value is not None and not same_bits(value, entry.param.detach()):
+                    with torch.no_grad(), own_writes([entry]):
+                        entry.param.copy_(value)
+            raise
 
     def at_bounds(self, which: Which | None = None) -> dict[str, int]:
         """How many values are at one of their declared bounds now.

@@ -19,6 +19,10 @@ TensorMap = Callable[..., Tensor]
 """From one tensor, or from as many as it has sources, to one."""
 
 
+_EXACT_IN_FLOAT32 = 1 << 24
+"""So many elements can be numbered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where each element of a tensor comes from: a place in others, whose elements are numbered through."""
@@ -56,7 +60,8 @@ def sources_of(
     """Where the elements of what a map gives come from. It may leave some out, or use some several times.
 
     Args:
-        carry: the map; it is called twice, with a float64 tensor for each of ``shapes``.
+        carry: the map; it is called twice, with a float64 tensor for each of ``shapes``, or with float32 ones where it
+            fails on these.
         shapes: of what it takes.
         called: how a message names what is carried.
         device: where the map works; the host by default.
@@ -89,19 +94,38 @@ def _signs(count: int) -> Tensor:
 def _carried(
     carry: TensorMap, elements: Tensor, shapes: Sequence[torch.Size], called: str, device: torch.device | None
 ) -> Tensor:
-    parts = elements.split([shape.numel() for shape in shapes])
-    given = [part.clone().reshape(shape).to(device) for part, shape in zip(parts, shapes, strict=True)]
     try:
-        with torch.no_grad():
-            carried = carry(*given)
+        carried = _called_with(carry, elements, shapes, device)
     except Exception as error:
-        taken = " and ".join(str(list(shape)) for shape in shapes)
-        raise StateShapeError(
-            f"{called}: the map for its state fails on shape {taken}: {type(error).__name__}: {error}"
-        ) from error
+        carried = _called_with_float32(carry, elements, shapes, device)
+        if carried is None:
+            taken = " and ".join(str(list(shape)) for shape in shapes)
+            raise StateShapeError(
+                f"{called}: the map for its state fails on shape {taken}: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(carried, Tensor):
         raise StateShapeError(f"{called}: the map for its state must return a tensor, got {type(carried).__name__}")
     return carried.detach().to("cpu", torch.float64)
+
+
+def _called_with(
+    carry: TensorMap, elements: Tensor, shapes: Sequence[torch.Size], device: torch.device | None
+) -> object:
+    parts = elements.split([shape.numel() for shape in shapes])
+    with torch.no_grad():
+        return carry(*(part.clone().reshape(shape).to(device) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def _called_with_float32(
+    carry: TensorMap, elements: Tensor, shapes: Sequence[torch.Size], device: torch.device | None
+) -> object:
+    """What a map gives that multiplies by a matrix of the model's dtype; ``None`` where it fails here too."""
+    if len(elements) > _EXACT_IN_FLOAT32:
+        return None
+    try:
+        return _called_with(carry, elements.to(torch.float32), shapes, device)
+    except Exception:  # noqa: BLE001  the first failure is the one that is told
+        return None
 
 
 def require_shape(sources: Sources, target: torch.Size, called: str) -> None:

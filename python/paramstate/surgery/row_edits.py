@@ -6,9 +6,10 @@ place, and what was put in place is taken back where any part of that fails.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, MutableMapping
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -186,7 +187,9 @@ class EditRows:
             StateShapeError: ``values`` do not fit.
             RowIndexError: ``copy_of`` or ``state_of`` do not fit the rows, or name another number of rows than are new.
             ConstraintError: bounds that differ from row to row are declared, and a new row has none.
-            TypeError: neither or both of ``values`` and ``copy_of`` are given.
+            TypeError: neither or both of ``values`` and ``copy_of`` are given, or ``values`` is neither a tensor nor a
+                number of rows.
+            ValueError: that number is negative.
 
         Example:
             >>> import torch
@@ -201,6 +204,8 @@ class EditRows:
         """
         if (values is None) == (copy_of is None):
             raise TypeError("append(...) takes either values (a tensor, or a number of rows) or copy_of=")
+        if values is not None and not isinstance(values, Tensor):
+            values = _count("append(...) takes a tensor of new rows, or how many: values", values)
 
         def appended(edited: Edited) -> Move:
             at, count = self._dim(edited, dim), self._count(edited, dim)
@@ -259,6 +264,7 @@ class EditRows:
 
         Raises:
             ValueError: a count is negative.
+            TypeError: a count is no whole number.
 
         Example:
             >>> import torch
@@ -271,12 +277,12 @@ class EditRows:
             >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
             ([7.0, 1.0, 2.0, 3.0], [0, 1, 1, 1])
         """
-        if before < 0 or after < 0:
-            raise ValueError(f"pad(...) adds rows: before and after must be at least 0, got {before} and {after}")
+        front = _count("pad(...) adds rows: before", before)
+        back = _count("pad(...) adds rows: after", after)
 
         def padded(edited: Edited) -> Move:
             present = torch.arange(self._count(edited, dim))
-            return self._filled(edited, torch.cat([_fresh(before), present, _fresh(after)]), value, dim)
+            return self._filled(edited, torch.cat([_fresh(front), present, _fresh(back)]), value, dim)
 
         self._move(which, padded)
 
@@ -291,6 +297,7 @@ class EditRows:
 
         Raises:
             ValueError: the size is negative.
+            TypeError: the size is no whole number.
 
         Example:
             >>> import torch
@@ -303,12 +310,11 @@ class EditRows:
             >>> table.weight.flatten().tolist(), opt.row_steps("weight").tolist()
             ([1.0, 2.0], [1, 1])
         """
-        if size < 0:
-            raise ValueError(f"resize(...) takes a number of rows, got {size}")
+        wanted = _count("resize(...) takes a number of rows: size", size)
 
         def resized(edited: Edited) -> Move:
             count = self._count(edited, dim)
-            sources = torch.cat([torch.arange(min(size, count)), _fresh(max(0, size - count))])
+            sources = torch.cat([torch.arange(min(wanted, count)), _fresh(max(0, wanted - count))])
             return self._filled(edited, sources, value, dim)
 
         self._move(which, resized)
@@ -440,14 +446,14 @@ class EditRows:
             for edited in changed:
                 edited.install()
             self._renew_side()
+            if changed:
+                self._let_go()
         except BaseException:
             for edited in changed:
                 if isinstance(edited, EditedBuffer):
                     edited.withdraw()
             snapshot.restore()
             raise
-        if changed:
-            self._let_go()
 
     def _let_go(self) -> None:
         """Nothing is to keep the old tensors alive until the next step: they are as large as the new ones."""
@@ -463,6 +469,15 @@ class EditRows:
         for key, held in list(self._side.items()):
             if id(held) in news:
                 self._side[key] = news[id(held)]
+
+
+def _count(what: str, given: SupportsIndex) -> int:
+    if isinstance(given, bool) or not isinstance(given, SupportsIndex):
+        raise TypeError(f"{what} must be a whole number, got {type(given).__name__}")
+    count = operator.index(given)
+    if count < 0:
+        raise ValueError(f"{what} must be at least 0, got {count}")
+    return count
 
 
 def _fresh(count: int) -> Tensor:

@@ -35,6 +35,9 @@ class RowSurgery(Membership):
         Returns:
             EditRows: the pending edits.
 
+        Raises:
+            TypeError: ``side`` is no mapping that can be written.
+
         Example:
             >>> import torch
             >>> from paramstate import Adam
@@ -52,6 +55,11 @@ class RowSurgery(Membership):
         """
         from .row_edits import EditRows
 
+        if side is not None and not isinstance(side, MutableMapping):
+            raise TypeError(
+                "side= maps keys to tensors, as {'count': count}, and is given the new ones; got "
+                f"{type(side).__name__}"
+            )
         return EditRows(self, {} if side is None else side)
 
     def row_steps(self, which: Key) -> Tensor:

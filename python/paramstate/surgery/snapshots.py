@@ -23,6 +23,7 @@ class Snapshot:
     def __init__(self, optimizer: Membership, entries: Iterable[Entry], side: MutableMapping[str, Tensor]) -> None:
         self._optimizer = optimizer
         self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+        self._state = list(optimizer.state.items())
         self._side, self._held = side, dict(side)
         self._entries = [
             (entry, entry.param, entry.param.grad, entry.constraint, entry.rows, self._state_of(entry))
@@ -38,15 +39,15 @@ class Snapshot:
         optimizer = self._optimizer
         for group, params in self._groups:
             group["params"] = params
+        optimizer.state.clear()  # and filled again, so that its order is the old one as well
+        optimizer.state.update(self._state)
         for entry, old, grad, constraint, rows, state in self._entries:
-            optimizer.state.pop(entry.param, None)
             if entry.param is not old:
                 optimizer._table.follow(entry, old)
             if state is not None:
                 held, items = state
                 held.clear()
                 held.update(items)
-                optimizer.state[old] = held
             old.grad = grad
             entry.constraint, entry.rows = constraint, rows
             for slot in entry.slots:
