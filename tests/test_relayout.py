@@ -355,6 +355,20 @@ def test_before_the_first_step_there_is_no_state_to_carry() -> None:
     assert float(opt.state_of("W_Q")["step"]) == 1.0
 
 
+def test_a_parameter_without_elements_is_found_by_its_name() -> None:
+    model = nn.ParameterDict({"table": torch.randn(0, 3), "rest": torch.randn(2, 3)})
+    opt = paramstate.Adam(model)
+    give_gradient(model["rest"], "a")
+    opt.step()
+    again = copy.deepcopy(model)
+    report = opt.relayout(again)
+    assert {(row.name, row.sources, row.keeps_id) for row in report.carried} == {
+        ("table", ("table",), True),
+        ("rest", ("rest",), True),
+    }
+    assert opt.param(opt.ids["table"]) is again["table"]
+
+
 def test_bare_parameters_are_carried_by_content() -> None:
     torch.manual_seed(0)
     model = Fused()

@@ -25,6 +25,7 @@ from client_writes import ClientWrites, drawn
 from identity_machine import NAMES, seeds, which
 from machine_declarations import Declarations
 from machine_looking import Looking
+from machine_relayout import Relayout
 from machine_rows import Rows
 from machine_selections import CLAIMED, Selected
 from machine_sessions import Sessions
@@ -271,7 +272,7 @@ class Travelling(Restructuring):
         return net
 
 
-class Machine(Travelling, Declarations, Rows, Sessions, Selected, Looking):
+class Machine(Travelling, Declarations, Rows, Sessions, Selected, Looking, Relayout):
     """All of it together."""
 
 
