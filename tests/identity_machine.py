@@ -10,17 +10,23 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
+from hypothesis.stateful import RuleBasedStateMachine, invariant
 from torch import nn
 
 import paramstate
+from paramstate.precision import state_dtype
+from paramstate.precision.blockwise import BlockwiseTensor
+from precision_models import floats
 from reference import MOMENTS, Settings, same_bits
 from reference_limits import RefusedError
-from reference_model import Entry, Reference
+from reference_model import Entry
+from reference_optimizer import Reference
+from reference_precision import COMPENSATION, SMALL, Kind, is_short, kept_as, stored
 from small_models import Layer, Net
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -66,12 +72,15 @@ class Recipe:
     max_grad_norm: float | None
     weight_decay: float
     built_from: str  # "model", "groups and model", "named" or "bare and rebind"
+    state_dtype: Kind | None = None
+    rounding: str = "nearest"
+    dtype: torch.dtype = torch.float32
 
     def build(self, net: Net, groups: list[list[tuple[str, nn.Parameter]]]) -> paramstate.Adam:
         """A fresh optimizer over these named groups."""
         cls = paramstate.AdamW if self.decoupled else paramstate.Adam
         options = {"lr": 0.01, "weight_decay": self.weight_decay, "amsgrad": self.amsgrad, "maximize": self.maximize}
-        options["max_grad_norm"] = self.max_grad_norm
+        options |= {"max_grad_norm": self.max_grad_norm, "state_dtype": self.state_dtype, "rounding": self.rounding}
         named = [{"params": list(group)} for group in groups]
         bare = [{"params": [parameter for _, parameter in group]} for group in groups]
         if self.built_from == "model" and len(groups) == 1:
@@ -85,6 +94,8 @@ class Recipe:
         return cls(bare, model=net, **options)
 
 
+kinds = st.sampled_from([None, None, "float32", "bfloat16", "8bit"])
+roundings = st.sampled_from(["nearest", "nearest", "stochastic", "kahan"])
 recipes = st.builds(
     Recipe,
     decoupled=st.booleans(),
@@ -93,6 +104,9 @@ recipes = st.builds(
     max_grad_norm=st.sampled_from([None, None, 0.5, 1e3]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     built_from=st.sampled_from(["model", "groups and model", "named", "bare and rebind"]),
+    state_dtype=kinds,
+    rounding=roundings,
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
 
 
@@ -104,15 +118,16 @@ class IdentityMachine(RuleBasedStateMachine):
     recipe: Recipe
     model: Reference
 
-    @initialize(recipe=recipes)
     def build(self, recipe: Recipe) -> None:
         torch.manual_seed(0)
         self.born, self.recipe = 0, recipe
-        self.net = Net(NAMES[:3])
+        self.small = mock.patch.object(state_dtype, "_SMALL", SMALL)
+        self.small.start()
+        self.net = Net(NAMES[:3]).to(recipe.dtype)
         self.slots: dict[str, tuple[str, str]] = {}
         self.opt = recipe.build(self.net, [list(self.net.named_parameters())])
         self.knows_model = recipe.built_from != "named"
-        self.model = Reference([self.settings_of(0.01)], recipe.max_grad_norm)
+        self.model = self.new_reference([self.settings_of(0.01)])
         for layer in NAMES[:3]:
             self.enter(layer, group=0)
         self.left_behind: list[tuple[Net, dict[str, torch.Tensor]]] = []
@@ -120,6 +135,19 @@ class IdentityMachine(RuleBasedStateMachine):
         self.sessions: list[Session] = []
         self.claiming: int | None = None
         """The group that was given as a selection."""
+
+    def teardown(self) -> None:
+        if hasattr(self, "small"):
+            self.small.stop()
+
+    def new_reference(self, groups: list[Settings]) -> Reference:
+        recipe = self.recipe
+        return Reference(groups, recipe.max_grad_norm, recipe.state_dtype, recipe.rounding, library=self.stored)
+
+    def stored(self, key: str, name: str) -> torch.Tensor:
+        """What the library holds, as floats."""
+        held = self.held(key)
+        return held.detach() if name == "value" else floats(self.opt.state[held][name])
 
     def enter(self, layer: str, group: int) -> None:
         """The reference takes the parameters of a new layer in, with the IDs they were given."""
@@ -183,7 +211,7 @@ class IdentityMachine(RuleBasedStateMachine):
 
     def follow_step(self, chosen: Mapping[str, Sequence[bool]] | None = None) -> None:
         """The optimizer took a step, of some rows only where these are chosen: the reference takes it too."""
-        self.follow_widening()
+        self.follow_conversions()
         norm = self.model.step(chosen)
         self.take_over_norms()
         if norm is not None:
@@ -220,8 +248,24 @@ class IdentityMachine(RuleBasedStateMachine):
         a client writes afterwards is literal again."""
         for key, entry in self.model.entries.items():
             for name, moment in entry.moments.items():
-                if moment.dtype.itemsize < entry.value.dtype.itemsize:
+                if name != COMPENSATION and moment.dtype.itemsize < entry.value.dtype.itemsize:
                     self.may_widen.add((key, name))
+
+    def follow_conversions(self) -> None:
+        """Take over what the library kept as is declared for it, though a client, or a conversion of the value, has
+        made something else of it: the next step would do so."""
+        self.follow_widening()
+        for key, entry in self.model.entries.items():
+            state, kind = self.opt.state.get(self.held(key), {}), kept_as(entry.kind or self.model.kind, entry.value)
+            if COMPENSATION not in state and not is_short(entry.value):
+                entry.moments.pop(COMPENSATION, None)
+            for name in () if kind is None else entry.moments.keys() & state.keys() - {COMPENSATION}:
+                wanted = {"bfloat16": torch.bfloat16}.get(kind, torch.float32)
+                is_compact = isinstance(state[name], BlockwiseTensor)
+                if (is_compact, state[name].dtype) == (kind == "8bit", wanted):
+                    if not (is_compact and name in entry.compact):
+                        entry.moments[name] = stored(entry.moments[name], name, kind)
+                    entry.compact = (entry.compact | {name}) if is_compact else entry.compact - {name}
 
     def follow_widening(self) -> None:
         """Take over the dtype of the moments that were widened."""
@@ -264,7 +308,7 @@ class IdentityMachine(RuleBasedStateMachine):
             assert len(group["params"]) == len(wanted)
 
     def value_and_state_are_the_references(self) -> None:
-        self.follow_widening()
+        self.follow_conversions()
         for key, entry in self.model.entries.items():
             parameter = self.held(key)
             state = self.opt.state.get(parameter, {})
@@ -274,7 +318,9 @@ class IdentityMachine(RuleBasedStateMachine):
                 assert float(state["step"]) == entry.step, f"{entry.name}: step {state['step']}, not {entry.step}"
             assert state.keys() - {"step"} == entry.moments.keys()
             for name, moment in entry.moments.items():
-                self.compare(key, name, state[name], moment)
+                self.compare(key, name, floats(state[name]), moment)
+            compact = {name for name in entry.moments if isinstance(state[name], BlockwiseTensor)}
+            assert compact == entry.compact, f"{entry.name}: {compact} in eight bits, not {set(entry.compact)}"
 
     def compare(self, key: str, what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
         assert same_bits(got, wanted), f"{self.entry(key).name}, {what}: {got}, the reference has {wanted}"
@@ -317,11 +363,13 @@ class IdentityMachine(RuleBasedStateMachine):
             parameter = self.held(key)
             assert store.address(entry.id, "value") == parameter.data_ptr()
             state = self.opt.state.get(parameter, {})
-            for name in MOMENTS:
+            for name in (*MOMENTS, COMPENSATION):
                 assert name in state or store.address(entry.id, name) is None, f"{entry.name}: {name} is stale"
             for name, tensor in state.items():
                 # The core has no integer buffers: a client's integer `step` is read where it is, and not borrowed.
-                wanted = tensor.data_ptr() if tensor.is_floating_point() else None
+                # Nor has it what reads as floats and is none.
+                is_lent = tensor.is_floating_point() and not isinstance(tensor, BlockwiseTensor)
+                wanted = tensor.data_ptr() if is_lent else None
                 assert store.address(entry.id, name) == wanted, f"{entry.name}, {name}"
 
     def groups_keep_their_settings(self) -> None:

@@ -135,7 +135,7 @@ class Relayout(IdentityMachine):
             parts = [self.entry(key) for key in self.pair(attribute, one, other)]
             names = [part.name for part in parts]
             try:
-                union = joined(parts, 0, "")
+                union = joined(parts)
             except RefusedError as refusal:
                 form.refusals.append(refusal.error)
                 union = Entry(0, "", torch.cat([part.value for part in parts]), parts[0].group)
@@ -168,6 +168,7 @@ class Relayout(IdentityMachine):
                 self.born += 1
                 entry.id = self.opt.ids[entry.name]
             self.slots[key], self.model.entries[key] = slot, entry
+            entry.keep_as_declared(self.model.kind)
         self.allow_widening()
 
 

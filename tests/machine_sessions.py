@@ -30,7 +30,9 @@ def same_state(one: Entry, other: Entry) -> bool:
         one.step == other.step
         and one.moments.keys() == other.moments.keys()
         and all(same_bits(one.moments[key], other.moments[key]) for key in one.moments)
+        and one.compact == other.compact
         and (one.frozen, one.trained, one.limit, one.rows) == (other.frozen, other.trained, other.limit, other.rows)
+        and one.kind == other.kind
     )
 
 
@@ -209,4 +211,5 @@ class Sessions(IdentityMachine):
                 state = point.states[key].copied()
                 entry.step, entry.moments, entry.rows = state.step, state.moments, state.rows
                 entry.frozen, entry.trained, entry.limit = state.frozen, state.trained, state.limit
+                entry.kind, entry.compact = state.kind, state.compact
         self.allow_widening()

@@ -12,7 +12,7 @@ from reference_limits import Bound, Limit, RefusedError
 from reference_model import Entry, RowAges
 
 
-def joined(parts: Sequence[Entry], id: int, name: str) -> Entry:
+def joined(parts: Sequence[Entry]) -> Entry:
     """The parameter that has the rows of these, one after another.
 
     Raises:
@@ -27,12 +27,12 @@ def joined(parts: Sequence[Entry], id: int, name: str) -> Entry:
     names = dict.fromkeys(name for part in parts for name in part.moments)
     grads = [part.grad for part in parts if part.grad is not None]
     made = Entry(
-        id, name, torch.cat([part.value for part in parts]), first.group, max(steps, default=None),
+        0, "", torch.cat([part.value for part in parts]), first.group, max(steps, default=None),
         {name: _moment(parts, name) for name in names},
         torch.cat(grads) if len(grads) == len(parts) else None,
-        first.trains, first.frozen, first.trained, rows, limit,
+        first.trains, first.frozen, first.trained, rows, limit, first.kind,
     )  # fmt: skip
-    made.finish_rows(values_moved=False)
+    made.finish_rows(made.kind, values_moved=False)
     return made
 
 
