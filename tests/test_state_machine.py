@@ -131,6 +131,20 @@ class Replacing(Training):
         setattr(self.layer(layer), attribute, nn.Parameter(self.entry(key).value.clone(), trains))
         self.entry(key).replaced_by(trains=trains)
 
+    @rule(index=which, seed=seeds, state=st.sampled_from(["keep", "reset"]), as_parameter=st.booleans())
+    def replace_by_a_value(self, index: int, seed: int, state: str, as_parameter: bool) -> None:
+        key = self.pick(index)
+        entry, (layer, attribute) = self.entry(key), self.slots[key]
+        entry.value = drawn(entry.value, seed)
+        given = nn.Parameter(entry.value.clone(), bool(seed % 2)) if as_parameter else entry.value.clone()
+        made = self.opt.replace_(entry.name if seed % 3 else self.held(key), given, state=state)
+        if not self.knows_model:
+            setattr(self.layer(layer), attribute, made)
+        if as_parameter:
+            entry.replaced_by(trains=given.requires_grad)
+        if state == "reset":
+            entry.forget()
+
     @precondition(lambda self: not any(session.owner == "model" for session in self.sessions))
     @rule(index=which, fresh=st.booleans())
     def new_module_in_the_slot(self, index: int, fresh: bool) -> None:
