@@ -24,13 +24,10 @@ from torch import nn
 import paramstate
 from client_writes import ClientWrites, drawn
 from identity_machine import NAMES, Recipe, kinds, recipes, roundings, seeds, which
-from machine_declarations import Declarations
+from machine_combined import Combined
 from machine_looking import Looking
-from machine_precision import Precision
 from machine_relayout import Relayout
-from machine_rows import Rows
 from machine_selections import CLAIMED, Selected
-from machine_sessions import Sessions
 from reference_precision import COMPENSATION, Kind, is_short
 from small_models import Layer, Net
 
@@ -321,7 +318,7 @@ class Travelling(Restructuring):
         return net
 
 
-class Machine(Travelling, Declarations, Rows, Sessions, Selected, Looking, Relayout, Precision):
+class Machine(Travelling, Combined, Selected, Looking, Relayout):
     """All of it together."""
 
 
