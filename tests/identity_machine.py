@@ -27,6 +27,7 @@ from reference_limits import RefusedError
 from reference_model import Entry
 from reference_optimizer import Reference
 from reference_precision import COMPENSATION, SMALL, Kind, is_short, kept_as, stored
+from reference_sessions import Session
 from small_models import Layer, Net
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -34,32 +35,6 @@ which = st.integers(0, 11)
 seeds = st.integers(0, 2**31)
 meanings = st.sampled_from(["tensor", "name", "pattern", "layer", "selection", "all of one kind"])
 """How parameters are named to the optimizer."""
-
-
-Held = tuple[nn.Parameter, torch.Tensor, bool]
-"""An object, its value and `requires_grad`."""
-
-
-@dataclass
-class Point:
-    """One point of a session's history."""
-
-    held: dict[str, Held]
-    states: dict[str, Entry] | None
-
-
-@dataclass
-class Session:
-    """The reference's account of an open edit session."""
-
-    session: paramstate.EditSession
-    names: dict[str, str]
-    """Key to the name that it had when the session was opened."""
-    owner: str
-    """"model" or "optimizer"."""
-    carries_state: bool
-    history: list[Point]
-    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +106,8 @@ class IdentityMachine(RuleBasedStateMachine):
         for layer in NAMES[:3]:
             self.enter(layer, group=0)
         self.left_behind: list[tuple[Net, dict[str, torch.Tensor]]] = []
+        self.original: tuple[paramstate.Adam, dict[str, object]] | None = None
+        """The optimizer of which this one is a copy, and what it held then."""
         self.may_widen: set[tuple[str, str]] = set()
         self.sessions: list[Session] = []
         self.claiming: int | None = None
@@ -381,8 +358,23 @@ class IdentityMachine(RuleBasedStateMachine):
         for net, values in self.left_behind:
             for name, parameter in net.named_parameters():
                 assert torch.equal(parameter, values[name])
+        if self.original is not None:
+            optimizer, held = self.original
+            for name, now in self.all_of(optimizer).items():
+                assert now == held[name], f"{name} of the original: {now}, before the copy was made {held[name]}"
+
+    def all_of(self, optimizer: paramstate.Adam) -> dict[str, object]:
+        """State and rows by name, as numbers."""
+        return {
+            name: (
+                {key: floats(tensor).tolist() for key, tensor in optimizer.state_of(name).items()},
+                optimizer.row_steps(name).tolist(),
+                name in optimizer.frozen,
+            )
+            for name in optimizer.ids
+        }
 
     def leave_behind(self, net: Net) -> None:
         """Remember a model that no optimizer of ours may touch from here on."""
         self.left_behind = [(net, copy.deepcopy(dict(net.state_dict())))]
-        self.sessions = []
+        self.sessions, self.original = [], None

@@ -14,10 +14,11 @@ from hypothesis.stateful import precondition, rule
 from torch import nn
 
 import paramstate
-from identity_machine import IdentityMachine, Point, Session, meanings, which
+from identity_machine import IdentityMachine, meanings, which
 from reference import same_bits
 from reference_limits import RefusedError
 from reference_model import Entry
+from reference_sessions import Point, Session
 
 MAX_SESSIONS = 3
 Standing = tuple[dict[str, nn.Parameter], dict[int, torch.Tensor | None]]

@@ -241,6 +241,7 @@ class Travelling(Restructuring):
     @rule()
     def deepcopy_of_the_pair(self) -> None:
         self.leave_behind(self.net)
+        self.original = self.opt, self.all_of(self.opt)
         self.net, self.opt = copy.deepcopy((self.net, self.opt))
         self.model = self.model.copied()
 
