@@ -47,6 +47,7 @@ class ClientWrites(IdentityMachine):
             new = new.to(getattr(torch, dtype))
         self.opt.state[self.held(key)][name] = new.clone()
         self.entry(key).moments[name] = new
+        self.entry(key).compact -= {name}
         self.may_widen.discard((key, name))
 
     @precondition(lambda self: self.stepped())
@@ -55,15 +56,16 @@ class ClientWrites(IdentityMachine):
         key = self.pick_stepped(index)
         new = drawn(self.entry(key).moments[name], seed).square()
         self.opt.state[self.held(key)][name].data = new.clone()
-        self.entry(key).moments[name] = new
+        self.entry(key).write_moment(name, new)
 
     @precondition(lambda self: self.stepped())
     @rule(index=which)
     def rows_of_the_moments_are_zeroed(self, index: int) -> None:
         key = self.pick_stepped(index)
-        for name, moment in self.entry(key).moments.items():
+        for name, moment in list(self.entry(key).moments.items()):
             self.opt.state[self.held(key)][name][:1] = 0
             moment[:1] = 0
+            self.entry(key).write_moment(name, moment)
 
     @precondition(lambda self: self.stepped())
     @rule(index=which)

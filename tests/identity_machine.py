@@ -10,17 +10,24 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
+from hypothesis.stateful import RuleBasedStateMachine, invariant
 from torch import nn
 
 import paramstate
+from paramstate.precision import state_dtype
+from paramstate.precision.blockwise import BlockwiseTensor
+from precision_models import floats
 from reference import MOMENTS, Settings, same_bits
 from reference_limits import RefusedError
-from reference_model import Entry, Reference
+from reference_model import Entry
+from reference_optimizer import Reference
+from reference_precision import COMPENSATION, SMALL, Kind, is_short, kept_as, stored
+from reference_sessions import Session
 from small_models import Layer, Net
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -28,32 +35,6 @@ which = st.integers(0, 11)
 seeds = st.integers(0, 2**31)
 meanings = st.sampled_from(["tensor", "name", "pattern", "layer", "selection", "all of one kind"])
 """How parameters are named to the optimizer."""
-
-
-Held = tuple[nn.Parameter, torch.Tensor, bool]
-"""An object, its value and `requires_grad`."""
-
-
-@dataclass
-class Point:
-    """One point of a session's history."""
-
-    held: dict[str, Held]
-    states: dict[str, Entry] | None
-
-
-@dataclass
-class Session:
-    """The reference's account of an open edit session."""
-
-    session: paramstate.EditSession
-    names: dict[str, str]
-    """Key to the name that it had when the session was opened."""
-    owner: str
-    """"model" or "optimizer"."""
-    carries_state: bool
-    history: list[Point]
-    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,12 +47,15 @@ class Recipe:
     max_grad_norm: float | None
     weight_decay: float
     built_from: str  # "model", "groups and model", "named" or "bare and rebind"
+    state_dtype: Kind | None = None
+    rounding: str = "nearest"
+    dtype: torch.dtype = torch.float32
 
     def build(self, net: Net, groups: list[list[tuple[str, nn.Parameter]]]) -> paramstate.Adam:
         """A fresh optimizer over these named groups."""
         cls = paramstate.AdamW if self.decoupled else paramstate.Adam
         options = {"lr": 0.01, "weight_decay": self.weight_decay, "amsgrad": self.amsgrad, "maximize": self.maximize}
-        options["max_grad_norm"] = self.max_grad_norm
+        options |= {"max_grad_norm": self.max_grad_norm, "state_dtype": self.state_dtype, "rounding": self.rounding}
         named = [{"params": list(group)} for group in groups]
         bare = [{"params": [parameter for _, parameter in group]} for group in groups]
         if self.built_from == "model" and len(groups) == 1:
@@ -85,6 +69,8 @@ class Recipe:
         return cls(bare, model=net, **options)
 
 
+kinds = st.sampled_from([None, None, "float32", "bfloat16", "8bit"])
+roundings = st.sampled_from(["nearest", "nearest", "stochastic", "kahan"])
 recipes = st.builds(
     Recipe,
     decoupled=st.booleans(),
@@ -93,6 +79,9 @@ recipes = st.builds(
     max_grad_norm=st.sampled_from([None, None, 0.5, 1e3]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     built_from=st.sampled_from(["model", "groups and model", "named", "bare and rebind"]),
+    state_dtype=kinds,
+    rounding=roundings,
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
 
 
@@ -104,22 +93,38 @@ class IdentityMachine(RuleBasedStateMachine):
     recipe: Recipe
     model: Reference
 
-    @initialize(recipe=recipes)
     def build(self, recipe: Recipe) -> None:
         torch.manual_seed(0)
         self.born, self.recipe = 0, recipe
-        self.net = Net(NAMES[:3])
+        self.small = mock.patch.object(state_dtype, "_SMALL", SMALL)
+        self.small.start()
+        self.net = Net(NAMES[:3]).to(recipe.dtype)
         self.slots: dict[str, tuple[str, str]] = {}
         self.opt = recipe.build(self.net, [list(self.net.named_parameters())])
         self.knows_model = recipe.built_from != "named"
-        self.model = Reference([self.settings_of(0.01)], recipe.max_grad_norm)
+        self.model = self.new_reference([self.settings_of(0.01)])
         for layer in NAMES[:3]:
             self.enter(layer, group=0)
         self.left_behind: list[tuple[Net, dict[str, torch.Tensor]]] = []
+        self.original: tuple[paramstate.Adam, dict[str, object]] | None = None
+        """The optimizer of which this one is a copy, and what it held then."""
         self.may_widen: set[tuple[str, str]] = set()
         self.sessions: list[Session] = []
         self.claiming: int | None = None
         """The group that was given as a selection."""
+
+    def teardown(self) -> None:
+        if hasattr(self, "small"):
+            self.small.stop()
+
+    def new_reference(self, groups: list[Settings]) -> Reference:
+        recipe = self.recipe
+        return Reference(groups, recipe.max_grad_norm, recipe.state_dtype, recipe.rounding, library=self.stored)
+
+    def stored(self, key: str, name: str) -> torch.Tensor:
+        """What the library holds, as floats."""
+        held = self.held(key)
+        return held.detach() if name == "value" else floats(self.opt.state[held][name])
 
     def enter(self, layer: str, group: int) -> None:
         """The reference takes the parameters of a new layer in, with the IDs they were given."""
@@ -183,7 +188,7 @@ class IdentityMachine(RuleBasedStateMachine):
 
     def follow_step(self, chosen: Mapping[str, Sequence[bool]] | None = None) -> None:
         """The optimizer took a step, of some rows only where these are chosen: the reference takes it too."""
-        self.follow_widening()
+        self.follow_conversions()
         norm = self.model.step(chosen)
         self.take_over_norms()
         if norm is not None:
@@ -220,8 +225,24 @@ class IdentityMachine(RuleBasedStateMachine):
         a client writes afterwards is literal again."""
         for key, entry in self.model.entries.items():
             for name, moment in entry.moments.items():
-                if moment.dtype.itemsize < entry.value.dtype.itemsize:
+                if name != COMPENSATION and moment.dtype.itemsize < entry.value.dtype.itemsize:
                     self.may_widen.add((key, name))
+
+    def follow_conversions(self) -> None:
+        """Take over what the library kept as is declared for it, though a client, or a conversion of the value, has
+        made something else of it: the next step would do so."""
+        self.follow_widening()
+        for key, entry in self.model.entries.items():
+            state, kind = self.opt.state.get(self.held(key), {}), kept_as(entry.kind or self.model.kind, entry.value)
+            if COMPENSATION not in state and not is_short(entry.value):
+                entry.moments.pop(COMPENSATION, None)
+            for name in () if kind is None else entry.moments.keys() & state.keys() - {COMPENSATION}:
+                wanted = {"bfloat16": torch.bfloat16}.get(kind, torch.float32)
+                is_compact = isinstance(state[name], BlockwiseTensor)
+                if (is_compact, state[name].dtype) == (kind == "8bit", wanted):
+                    if not (is_compact and name in entry.compact):
+                        entry.moments[name] = stored(entry.moments[name], name, kind)
+                    entry.compact = (entry.compact | {name}) if is_compact else entry.compact - {name}
 
     def follow_widening(self) -> None:
         """Take over the dtype of the moments that were widened."""
@@ -264,7 +285,7 @@ class IdentityMachine(RuleBasedStateMachine):
             assert len(group["params"]) == len(wanted)
 
     def value_and_state_are_the_references(self) -> None:
-        self.follow_widening()
+        self.follow_conversions()
         for key, entry in self.model.entries.items():
             parameter = self.held(key)
             state = self.opt.state.get(parameter, {})
@@ -274,7 +295,9 @@ class IdentityMachine(RuleBasedStateMachine):
                 assert float(state["step"]) == entry.step, f"{entry.name}: step {state['step']}, not {entry.step}"
             assert state.keys() - {"step"} == entry.moments.keys()
             for name, moment in entry.moments.items():
-                self.compare(key, name, state[name], moment)
+                self.compare(key, name, floats(state[name]), moment)
+            compact = {name for name in entry.moments if isinstance(state[name], BlockwiseTensor)}
+            assert compact == entry.compact, f"{entry.name}: {compact} in eight bits, not {set(entry.compact)}"
 
     def compare(self, key: str, what: str, got: torch.Tensor, wanted: torch.Tensor) -> None:
         assert same_bits(got, wanted), f"{self.entry(key).name}, {what}: {got}, the reference has {wanted}"
@@ -317,11 +340,13 @@ class IdentityMachine(RuleBasedStateMachine):
             parameter = self.held(key)
             assert store.address(entry.id, "value") == parameter.data_ptr()
             state = self.opt.state.get(parameter, {})
-            for name in MOMENTS:
+            for name in (*MOMENTS, COMPENSATION):
                 assert name in state or store.address(entry.id, name) is None, f"{entry.name}: {name} is stale"
             for name, tensor in state.items():
                 # The core has no integer buffers: a client's integer `step` is read where it is, and not borrowed.
-                wanted = tensor.data_ptr() if tensor.is_floating_point() else None
+                # Nor has it what reads as floats and is none.
+                is_lent = tensor.is_floating_point() and not isinstance(tensor, BlockwiseTensor)
+                wanted = tensor.data_ptr() if is_lent else None
                 assert store.address(entry.id, name) == wanted, f"{entry.name}, {name}"
 
     def groups_keep_their_settings(self) -> None:
@@ -333,8 +358,23 @@ class IdentityMachine(RuleBasedStateMachine):
         for net, values in self.left_behind:
             for name, parameter in net.named_parameters():
                 assert torch.equal(parameter, values[name])
+        if self.original is not None:
+            optimizer, held = self.original
+            for name, now in self.all_of(optimizer).items():
+                assert now == held[name], f"{name} of the original: {now}, before the copy was made {held[name]}"
+
+    def all_of(self, optimizer: paramstate.Adam) -> dict[str, object]:
+        """State and rows by name, as numbers."""
+        return {
+            name: (
+                {key: floats(tensor).tolist() for key, tensor in optimizer.state_of(name).items()},
+                optimizer.row_steps(name).tolist(),
+                name in optimizer.frozen,
+            )
+            for name in optimizer.ids
+        }
 
     def leave_behind(self, net: Net) -> None:
         """Remember a model that no optimizer of ours may touch from here on."""
         self.left_behind = [(net, copy.deepcopy(dict(net.state_dict())))]
-        self.sessions = []
+        self.sessions, self.original = [], None

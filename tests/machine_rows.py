@@ -22,6 +22,7 @@ from paramstate.surgery.row_edits import EditRows
 from paramstate.surgery.row_targets import EditedBuffer
 from reference_limits import RefusedError
 from reference_model import Entry, gathered
+from reference_precision import Kind
 
 STAGES = [
     (paramstate.surgery.row_targets, "successor"),
@@ -119,10 +120,10 @@ class Plan:
                 if key == self.first and dim == 0:
                     self.number = gathered(self.number, 0, edit.values, edit.fill_beside)
 
-    def finished(self) -> dict[str, Entry]:
-        """The entries when all is in place."""
+    def finished(self, kind: Kind | None) -> dict[str, Entry]:
+        """The entries when all is in place; the kind is what is declared for all."""
         for key, twin in self.twins.items():
-            twin.finish_rows(values_moved=key in self.values_moved)
+            twin.finish_rows(kind, values_moved=key in self.values_moved)
         return self.twins
 
 
@@ -263,12 +264,13 @@ class Rows(IdentityMachine):
             assert self.objects(side) == before
             return
         assert torch.equal(side["number"], plan.number)
-        for key, twin in plan.finished().items():
+        for key, twin in plan.finished(self.model.kind).items():
             self.model.entries[key] = twin
             if not self.knows_model:
                 setattr(self.layer(self.slots[key][0]), self.slots[key][1], rows[twin.name])
         assert side["param"] is self.held(keys[0])
         self.take_over_norms(keys)
+        self.allow_widening()
 
     def state_comes_back(self, key: str) -> bool:
         """Whether no session would bring back the value without the state."""
@@ -369,6 +371,7 @@ class Rows(IdentityMachine):
                 setattr(self.layer(layer), attribute, made)
         if refusal is None:
             self.model.entries[key] = twin
+            twin.keep_as_declared(self.model.kind)
             if self.held(key) is not old:
                 twin.replaced_by(trains=twin.trains)
             self.allow_widening()

@@ -14,10 +14,11 @@ from hypothesis.stateful import precondition, rule
 from torch import nn
 
 import paramstate
-from identity_machine import IdentityMachine, Point, Session, meanings, which
+from identity_machine import IdentityMachine, meanings, which
 from reference import same_bits
 from reference_limits import RefusedError
 from reference_model import Entry
+from reference_sessions import Point, Session
 
 MAX_SESSIONS = 3
 Standing = tuple[dict[str, nn.Parameter], dict[int, torch.Tensor | None]]
@@ -30,7 +31,9 @@ def same_state(one: Entry, other: Entry) -> bool:
         one.step == other.step
         and one.moments.keys() == other.moments.keys()
         and all(same_bits(one.moments[key], other.moments[key]) for key in one.moments)
+        and one.compact == other.compact
         and (one.frozen, one.trained, one.limit, one.rows) == (other.frozen, other.trained, other.limit, other.rows)
+        and one.kind == other.kind
     )
 
 
@@ -209,4 +212,5 @@ class Sessions(IdentityMachine):
                 state = point.states[key].copied()
                 entry.step, entry.moments, entry.rows = state.step, state.moments, state.rows
                 entry.frozen, entry.trained, entry.limit = state.frozen, state.trained, state.limit
+                entry.kind, entry.compact = state.kind, state.compact
         self.allow_widening()

@@ -84,6 +84,22 @@ def adam(
     zero_at_bound: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The value and the moments after one update; `step` counts this one already. Bounds are of the value's shape."""
+    exact, written = unrounded_adam(value, grad, moments, step, settings, coefficient, bounds, zero_at_bound)
+    after = {key: moment.to(moments[key].dtype) for key, moment in written.items()}
+    return exact.to(value.dtype), {**moments, **after}
+
+
+def unrounded_adam(
+    value: torch.Tensor,
+    grad: torch.Tensor,
+    moments: dict[str, torch.Tensor],
+    step: float,
+    settings: Settings,
+    coefficient: float = 1.0,
+    bounds: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    zero_at_bound: bool = False,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same before anything is rounded to what it is stored in."""
     tensors = [value, grad, *moments.values()]
     wide = any(t.dtype == torch.float64 for t in tensors)
     kind, fma = (np.float64, fma64) if wide else (np.float32, fma32)
@@ -122,8 +138,7 @@ def adam(
             w = np.where(w > high, high, w)
         if zero_at_bound:
             written["exp_avg"] = np.where(held, np.zeros_like(m), m)
-    after = {key: torch.from_numpy(np.array(written[key])).to(moments[key].dtype) for key in written}
-    return torch.from_numpy(np.array(w)).to(value.dtype), {**moments, **after}
+    return torch.from_numpy(np.array(w)), {key: torch.from_numpy(np.array(written[key])) for key in written}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

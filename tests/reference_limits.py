@@ -123,17 +123,17 @@ def _spread(bound: Bound, value: torch.Tensor) -> torch.Tensor | None:
 
 
 def _moved(bound: Bound, dim: int, shape: Sequence[int], sources: Sequence[int | None]) -> Bound:
-    if not isinstance(bound, torch.Tensor):
+    """The bound's own rows decide, also where the value has no elements that they could hold."""
+    if not isinstance(bound, torch.Tensor) or _serves_all_rows(bound, dim, len(shape)):
         return bound
-    full = bound.broadcast_to(shape)
-    rows = [full.select(dim, row) for row in range(shape[dim])]
+    at = dim - len(shape) + bound.dim()
+    rows = [bound.select(at, row) for row in range(bound.shape[at])]
     if rows and all(torch.equal(row, rows[0]) for row in rows):
-        return rows[0].unsqueeze(dim).clone()
-    if None in sources and not _serves_all_rows(bound, dim, len(shape)):
+        return rows[0].unsqueeze(at).clone()
+    if None in sources:
         raise RefusedError(paramstate.ConstraintError)
-    if not rows:
-        return bound
-    return torch.stack([rows[row] for row in sources if row is not None], dim) if sources else full.narrow(dim, 0, 0)
+    chosen = [rows[row] for row in sources if row is not None]
+    return torch.stack(chosen, at) if chosen else bound.narrow(at, 0, 0)
 
 
 def _serves_all_rows(bound: torch.Tensor, dim: int, ndim: int) -> bool:

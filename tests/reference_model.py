@@ -5,15 +5,14 @@ A parameter whose rows differ is stepped row by row, each as a parameter of its 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from paramstate import UnsupportedError
-from reference import MOMENTS, Settings, adam
 from reference_limits import Limit, RefusedError
+from reference_precision import COMPENSATION, Kind, kept_as, stored
 
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,6 +56,10 @@ class Entry:
     """`requires_grad` before it was frozen; `None` where freezing left that alone."""
     rows: RowAges | None = None
     limit: Limit | None = None
+    kind: Kind | None = None
+    """What was declared for it about the dtype of its moments."""
+    compact: frozenset[str] = frozenset()
+    """The moments that are kept in eight bits; here they are the floats that they read as."""
 
     def copied(self) -> Entry:
         """An independent entry with the same bits; a deep copy of a parameter has no gradient."""
@@ -91,7 +94,7 @@ class Entry:
 
     def forget(self) -> None:
         """As if it had never been stepped; frozen rows stay frozen."""
-        self.step, self.moments = None, {}
+        self.step, self.moments, self.compact = None, {}, frozenset()
         if self.rows is not None:
             self.rows.ages = [0] * len(self.rows.ages)
         self.settle()
@@ -142,6 +145,7 @@ class Entry:
         self.rows, self.limit = rows, limit
         self.value = gathered(self.value, dim, values, fill)
         self.moments = {key: gathered(moment, dim, states) for key, moment in self.moments.items()}
+        self.compact = frozenset()
         self.grad = None if self.grad is None else gathered(self.grad, dim, values)
 
     def _moved_rows(self, dim: int, values: Sequence[int | None], states: Sequence[int | None]) -> RowAges | None:
@@ -154,8 +158,9 @@ class Entry:
         ages = [0 if source is None else rows.ages[source] for source in states]
         return RowAges(dim, ages, [source is not None and rows.frozen[source] for source in values])
 
-    def finish_rows(self, *, values_moved: bool) -> None:
+    def finish_rows(self, kind: Kind | None, *, values_moved: bool) -> None:
         """The end of a transaction: an age that all rows share is the parameter's; new values are projected."""
+        self.keep_as_declared(kind)
         rows = self.rows
         if rows is not None and not rows.differ:
             if rows.ages and self.step is not None:
@@ -175,6 +180,7 @@ class Entry:
             self.limit = self.limit.carried(carry, self.value.shape)
         self.value, self.rows = value, rows
         self.moments = {key: carry(moment) for key, moment in self.moments.items()}
+        self.compact = frozenset()
         self.grad = None if self.grad is None else carry(self.grad).to(value.dtype)
         if rows is not None and not rows.differ:
             self.step = None if self.step is None else float(rows.ages[0])
@@ -198,6 +204,22 @@ class Entry:
         shape[self.rows.dim] = -1
         return torch.tensor(numbers).reshape(shape).expand(self.value.shape).contiguous()
 
+    # ---- precision ------------------------------------------------------------------------------------------------
+
+    def keep_as_declared(self, of_all: Kind | None) -> None:
+        """Its moments are kept as was declared for it, else for all."""
+        kind = kept_as(self.kind or of_all, self.value)
+        if kind is None:
+            self.compact = frozenset()
+            return
+        for name in self.moments.keys() - {COMPENSATION} - (self.compact if kind == "8bit" else set()):
+            self.moments[name] = stored(self.moments[name], name, kind)
+        self.compact = frozenset(self.moments.keys() - {COMPENSATION}) if kind == "8bit" else frozenset()
+
+    def write_moment(self, name: str, moment: torch.Tensor) -> None:
+        """Other numbers in the tensor that is there."""
+        self.moments[name] = stored(moment, name, "8bit") if name in self.compact else moment
+
     # ---- constraints ----------------------------------------------------------------------------------------------
 
     def active(self, chosen: Sequence[bool] | None = None) -> list[bool]:
@@ -220,88 +242,6 @@ class Entry:
         if self.limit is not None and not self.frozen:
             self.value = self.limit.projected(self.value, self.mask(self.active(chosen)))
         self.settle()
-
-
-@dataclass
-class Reference:
-    """Moves moments by meaning: parameters are known by a key that the test chose and that no action changes."""
-
-    groups: list[Settings]
-    max_grad_norm: float | None = None
-    entries: dict[str, Entry] = field(default_factory=dict)
-
-    def step(self, chosen: Mapping[str, Sequence[bool]] | None = None) -> float | None:
-        """Update every parameter that has a gradient, or its chosen rows; the global norm where one is asked for."""
-        named = {} if chosen is None else chosen
-        stepping = {key: e for key, e in self.entries.items() if e.grad is not None and not e.frozen}
-        norm, coefficient = None, 1.0
-        if self.max_grad_norm is not None:
-            grads = [e.grad[e.mask(e.active(named.get(key)))] for key, e in stepping.items() if e.grad is not None]
-            norm, coefficient = norm_coefficient(grads, self.max_grad_norm)
-        for key, entry in self.entries.items():
-            if key in stepping:
-                self._update(entry, coefficient, named.get(key))
-            else:
-                entry.project(named.get(key))
-        return norm
-
-    def _update(self, entry: Entry, coefficient: float, chosen: Sequence[bool] | None) -> None:
-        settings = self.groups[entry.group]
-        if entry.step is None:
-            keys = MOMENTS if settings.amsgrad else MOMENTS[:2]
-            entry.step, entry.moments = 0.0, {key: torch.zeros_like(entry.value) for key in keys}
-        if chosen is not None or entry.rows is not None:
-            entry.rows = entry.rows_along(0) if chosen is not None else entry.rows
-        active = entry.active(chosen)
-        mask = entry.mask(active)
-        entry.step += 1
-        if entry.rows is None:
-            self._update_whole(entry, coefficient)
-        else:
-            self._update_rows(entry, coefficient, active)
-        limit = entry.limit
-        if limit is not None and not limit.is_box:
-            entry.value = limit.projected(entry.value, mask)
-
-    def _update_whole(self, entry: Entry, coefficient: float) -> None:
-        assert entry.step is not None
-        self._write(entry, ..., entry.step, coefficient)
-
-    def _update_rows(self, entry: Entry, coefficient: float, active: Sequence[bool]) -> None:
-        rows = entry.rows
-        assert rows is not None
-        entry.value = entry.value.clone()
-        entry.moments = {key: moment.clone() for key, moment in entry.moments.items()}
-        for row, acts in enumerate(active):
-            if acts:
-                rows.ages[row] += 1
-                self._write(entry, (slice(None),) * rows.dim + (row,), rows.ages[row], coefficient)
-        entry.settle()
-
-    def _write(self, entry: Entry, where: object, age: float, coefficient: float) -> None:
-        """Update the elements that `where` names, which have taken `age` steps with this one."""
-        limit, settings = entry.limit, self.groups[entry.group]
-        assert entry.grad is not None
-        low, high = (None, None) if limit is None or not limit.is_box else limit.bounds(entry.value)
-        bounds = None if low is None else low[where], None if high is None else high[where]
-        moments = {key: moment[where] for key, moment in entry.moments.items()}
-        zero = limit is not None and limit.zero_exp_avg
-        value, moments = adam(entry.value[where], entry.grad[where], moments, age, settings, coefficient, bounds, zero)
-        if where is ...:
-            entry.value, entry.moments = value, moments
-            return
-        entry.value[where] = value
-        for key, moment in moments.items():
-            entry.moments[key][where] = moment
-
-    def copied(self) -> Reference:
-        return replace(self, groups=list(self.groups), entries={k: e.copied() for k, e in self.entries.items()})
-
-
-def norm_coefficient(grads: list[torch.Tensor], max_norm: float) -> tuple[float, float]:
-    """The global norm and torch's clip coefficient. Exact where the squares sum exactly, as a test must see to."""
-    norm = math.sqrt(math.fsum(float(x) ** 2 for g in grads for x in g.double().flatten()))
-    return norm, min(1.0, max_norm / (norm + 1e-6))
 
 
 def gathered(

@@ -346,6 +346,24 @@ def test_a_change_of_state_alone_is_a_step_of_the_history() -> None:
         assert opt._find("second.weight").rows is not None
 
 
+@pytest.mark.parametrize("state", ["snapshot", "reset"])
+def test_what_is_frozen_goes_back_and_forth_with_a_session_that_carries_state(state: str) -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    train(net, opt, [1])
+    with opt.edit("first.weight", state=state) as session:
+        opt.freeze("first.weight", stop_gradient=False)
+        session.mark()
+        session.undo()
+        assert opt.frozen == []
+        session.redo()
+        assert opt.frozen == ["first.weight"]
+    assert opt.frozen == []
+    before = net.first.weight.detach().clone()
+    train(net, opt, [2])
+    assert not torch.equal(net.first.weight, before)
+
+
 @pytest.mark.parametrize("state", ["keep", "snapshot"])
 def test_requires_grad_comes_back_with_the_object_of_what_was_frozen_meanwhile(state: str) -> None:
     net = Net()

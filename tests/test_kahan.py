@@ -159,6 +159,30 @@ def test_the_model_may_be_widened_and_narrowed_in_between(dtype: torch.dtype, ki
     assert bool((left.double().abs() <= torch.finfo(dtype).eps * (value.double().abs() + 2**-10)).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", SHORT)
+def test_a_value_that_was_widened_keeps_nothing_of_what_was_left_over(dtype: torch.dtype, kind: Any) -> None:
+    model = two_layers(dtype)
+    opt = AdamW(model, rounding="kahan", state_dtype=kind)
+    step(model, opt, 1)
+    model.to(torch.float32)
+    step(model, opt, 2)
+    assert all("compensation" not in opt.state_of(name) for name in opt.ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_short_value_left_over_does_not_go_into_a_wider_one_in_another_layout(kind: Any) -> None:
+    model = two_layers(torch.bfloat16)
+    opt = AdamW(model, rounding="kahan", state_dtype=kind)
+    step(model, opt, 1)
+    model.to(torch.float64)
+    opt.replace_("0.bias", model[0].bias.detach().flip(0), state=lambda values: values.flip(0))
+    assert "compensation" not in opt.state_of("0.bias")
+    model.to(torch.bfloat16)
+    step(model, opt, 2)
+    assert opt.state_of("0.bias")["compensation"].dtype == torch.bfloat16
+
+
 def test_a_wider_value_does_not_load_what_a_short_one_left_over() -> None:
     model = two_layers(torch.bfloat16)
     opt = AdamW(model, rounding="kahan")

@@ -232,6 +232,15 @@ def test_a_norm_is_taken_over_the_same_elements_as_before(
     assert after.holds(layer.weight)
 
 
+def test_a_norm_of_no_elements_stays_where_nothing_moves_and_is_refused_where_something_might() -> None:
+    table = nn.Embedding(0, 3)
+    opt = paramstate.Adam(table, constraints={"weight": UnitNorm(dim=0)})
+    opt.replace_("weight", nn.Parameter(torch.zeros(0, 3)), state=torch.clone)
+    assert opt._find("weight").constraint == UnitNorm(dim=0)
+    with pytest.raises(ConstraintError, match=r"'weight'.*no dimensions of the new layout"):
+        opt.replace_("weight", torch.zeros(3, 0), state=lambda t: t.T)
+
+
 def test_a_norm_whose_elements_lie_along_no_dimension_is_refused() -> None:
     layer = nn.Linear(6, 4, bias=False)
     opt = paramstate.Adam(layer, constraints={"weight": MaxNorm(0.5, dim=1)})
@@ -353,6 +362,20 @@ def test_before_the_first_step_there_is_no_state_to_carry() -> None:
     assert not opt.state
     train(made, opt, 1)
     assert float(opt.state_of("W_Q")["step"]) == 1.0
+
+
+def test_a_parameter_without_elements_is_found_by_its_name() -> None:
+    model = nn.ParameterDict({"table": torch.randn(0, 3), "rest": torch.randn(2, 3)})
+    opt = paramstate.Adam(model)
+    give_gradient(model["rest"], "a")
+    opt.step()
+    again = copy.deepcopy(model)
+    report = opt.relayout(again)
+    assert {(row.name, row.sources, row.keeps_id) for row in report.carried} == {
+        ("table", ("table",), True),
+        ("rest", ("rest",), True),
+    }
+    assert opt.param(opt.ids["table"]) is again["table"]
 
 
 def test_bare_parameters_are_carried_by_content() -> None:

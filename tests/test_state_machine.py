@@ -12,22 +12,23 @@ import os
 import pickle
 import random
 import time
+from dataclasses import replace
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import settings, strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from torch import nn
 
 import paramstate
 from client_writes import ClientWrites, drawn
-from identity_machine import NAMES, seeds, which
-from machine_declarations import Declarations
+from identity_machine import NAMES, Recipe, kinds, recipes, roundings, seeds, which
+from machine_combined import Combined
 from machine_looking import Looking
-from machine_rows import Rows
+from machine_relayout import Relayout
 from machine_selections import CLAIMED, Selected
-from machine_sessions import Sessions
+from reference_precision import COMPENSATION, Kind, is_short
 from small_models import Layer, Net
 
 MAX_LAYERS = 5
@@ -39,6 +40,18 @@ def shuffled(items: list, seed: int) -> list:
 
 class Training(ClientWrites):
     """Backward, step, and what happens to the values."""
+
+    @initialize(recipe=recipes, steps=st.integers(0, 3))
+    def begin(self, recipe: Recipe, steps: int) -> None:
+        """Most runs begin with state: what an action does to it is what most of them are about."""
+        self.build(recipe)
+        self.train(seed=0, without=set(), times=steps)
+
+    @rule(seed=seeds, without=st.sets(which, max_size=1), times=st.integers(1, 3))
+    def train(self, seed: int, without: set[int], times: int) -> None:
+        for number in range(times):
+            self.backward(seed + number, without)
+            self.step()
 
     @rule(seed=seeds, without=st.sets(which, max_size=3))
     def backward(self, seed: int, without: set[int]) -> None:
@@ -114,6 +127,20 @@ class Replacing(Training):
         trains = self.held(key).requires_grad
         setattr(self.layer(layer), attribute, nn.Parameter(self.entry(key).value.clone(), trains))
         self.entry(key).replaced_by(trains=trains)
+
+    @rule(index=which, seed=seeds, state=st.sampled_from(["keep", "reset"]), as_parameter=st.booleans())
+    def replace_by_a_value(self, index: int, seed: int, state: str, as_parameter: bool) -> None:
+        key = self.pick(index)
+        entry, (layer, attribute) = self.entry(key), self.slots[key]
+        entry.value = drawn(entry.value, seed)
+        given = nn.Parameter(entry.value.clone(), bool(seed % 2)) if as_parameter else entry.value.clone()
+        made = self.opt.replace_(entry.name if seed % 3 else self.held(key), given, state=state)
+        if not self.knows_model:
+            setattr(self.layer(layer), attribute, made)
+        if as_parameter:
+            entry.replaced_by(trains=given.requires_grad)
+        if state == "reset":
+            entry.forget()
 
     @precondition(lambda self: not any(session.owner == "model" for session in self.sessions))
     @rule(index=which, fresh=st.booleans())
@@ -214,6 +241,7 @@ class Travelling(Restructuring):
     @rule()
     def deepcopy_of_the_pair(self) -> None:
         self.leave_behind(self.net)
+        self.original = self.opt, self.all_of(self.opt)
         self.net, self.opt = copy.deepcopy((self.net, self.opt))
         self.model = self.model.copied()
 
@@ -231,7 +259,15 @@ class Travelling(Restructuring):
         saved = self.opt.state_dict()
         self.opt = self.rebuilt()
         assert self.opt.load_state_dict(saved).matched_by == "name"
-        self.allow_widening()
+        self.keep_as_loaded()
+
+    @rule(kind=kinds, rounding=roundings, compact=st.booleans())
+    def another_precision(self, kind: Kind | None, rounding: str, compact: bool) -> None:
+        saved = self.opt.state_dict(compact=compact)
+        self.recipe = replace(self.recipe, state_dtype=kind, rounding=rounding)
+        self.opt = self.rebuilt()
+        assert self.opt.load_state_dict(saved).matched_by == "name"
+        self.keep_as_loaded()
 
     @rule(seed=seeds)
     def save_and_load_in_another_attribute_order(self, seed: int) -> None:
@@ -245,7 +281,7 @@ class Travelling(Restructuring):
         self.net = self.in_another_order(seed)
         self.opt = self.rebuilt()
         assert self.opt.load_state_dict(torch.load(file, weights_only=True)).matched_by == "name"
-        self.allow_widening()
+        self.keep_as_loaded()
         self.forget_gradients()
 
     def rebuilt(self) -> paramstate.Adam:
@@ -260,6 +296,18 @@ class Travelling(Restructuring):
         self.knows_model = self.recipe.built_from != "named" or not all(groups)
         return self.recipe.build(self.net, groups)
 
+    def keep_as_loaded(self) -> None:
+        """What the file declares of moments holds where the optimizer declares nothing."""
+        model = self.model
+        for entry in model.entries.values():
+            entry.kind = None if self.recipe.state_dtype is not None else entry.kind or model.kind
+        model.kind, model.rounding = self.recipe.state_dtype, self.recipe.rounding
+        for entry in model.entries.values():
+            entry.keep_as_declared(model.kind)
+            if not is_short(entry.value):
+                entry.moments.pop(COMPENSATION, None)
+        self.allow_widening()
+
     def in_another_order(self, seed: int) -> Net:
         """The same model as a new process would build it after someone sorted the attributes differently."""
         net = Net(())
@@ -271,7 +319,7 @@ class Travelling(Restructuring):
         return net
 
 
-class Machine(Travelling, Declarations, Rows, Sessions, Selected, Looking):
+class Machine(Travelling, Combined, Selected, Looking, Relayout):
     """All of it together."""
 
 

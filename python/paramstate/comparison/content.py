@@ -202,11 +202,13 @@ def find_layout(tensor: Tensor, target: Tensor) -> Layout | None:
 
 def _agrees_on_a_sample(layout: Layout, tensor: Tensor, target: Tensor) -> bool:
     """A look at a few elements, since most layouts are wrong and each costs a pass over memory."""
-    moved = tensor.reshape(layout.factors).permute(layout.order)
     count = target.numel()
-    places = torch.arange(_SAMPLE) * max(count // _SAMPLE, 1) % max(count, 1)
+    if count == 0:
+        return True
+    moved = tensor.reshape(layout.factors).permute(layout.order)
+    places = torch.arange(_SAMPLE) * max(count // _SAMPLE, 1) % count
     here, there = torch.unravel_index(places, moved.shape), torch.unravel_index(places, target.shape)
-    return count == 0 or compare(moved[here], target[there]) is not None
+    return compare(moved[here], target[there]) is not None
 
 
 def _all_equal(tensor: Tensor, target: Tensor) -> bool:

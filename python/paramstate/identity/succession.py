@@ -113,15 +113,14 @@ class Succession(Tables):
         """Keep state in the dtype that is declared; by default it widens when the value does, and is never narrowed."""
         state: dict[str, Any] = self.state.get(param) or {}
         kind = self._kept_as(param)
+        if not is_short(param):
+            state.pop(COMPENSATION, None)  # wider values leave nothing over, and what a former one has is not theirs
         for key, held in list(state.items()):
             shaped = isinstance(held, Tensor) and held.shape == param.shape and key != "step"
             if not shaped or not held.is_floating_point():
                 continue
             if key == COMPENSATION:
-                # Wider values leave nothing over, and what a former one has left over is not theirs.
-                del state[key]
-                if is_short(param):
-                    state[key] = held.to(param.dtype)
+                state[key] = held.to(param.dtype)
             elif kind is not None and key in MOMENTS:
                 state[key] = stored(held, key, kind)
             else:

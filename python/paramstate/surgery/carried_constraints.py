@@ -69,7 +69,9 @@ def _carried_bound(bounds: list[Bound], absent: float, sources: Sources) -> Boun
 
 
 def _carried_dims(norm: MaxNorm | UnitNorm, sources: Sources, called: str) -> int | tuple[int, ...] | None:
-    """The dimensions over which the same elements as before make up each norm."""
+    """The dimensions over which the same elements as before make up each norm; where there is none, nothing tells."""
+    if sources.is_identity:
+        return norm.dim
     groups, count = [], 0
     for shape in sources.shapes:
         groups.append(_numbered_groups(norm, shape) + count)
@@ -80,7 +82,7 @@ def _carried_dims(norm: MaxNorm | UnitNorm, sources: Sources, called: str) -> in
     everything = tuple(range(moved.dim()))
     if norm.dim is None and whole and len(sources.shapes) == 1:
         return None
-    for number in range(1, moved.dim() + 1) if whole else ():
+    for number in range(1, moved.dim() + 1) if whole and moved.numel() else ():
         for dims in itertools.combinations(everything, number):
             least, most = moved.amin(dims, keepdim=True), moved.amax(dims, keepdim=True)
             if torch.equal(least, most) and len(least.unique()) == least.numel():

@@ -12,6 +12,7 @@ from paramstate.declared.rows import Rows
 from paramstate.errors import StateShapeError, UnsupportedError
 from paramstate.identity.membership import Membership
 from paramstate.identity.table import Entry
+from paramstate.precision.state_dtype import COMPENSATION
 
 from .relayout import Sources
 
@@ -60,7 +61,7 @@ class CarriedState:
             held = {**self._stepped(param), **shaped, **self._others}
             state[param].clear()
             state[param].update(held)
-            if self._optimizer._is_retyped:
+            if self._optimizer._is_retyped or COMPENSATION in held:
                 self._optimizer._retype_state(param)
         if param.grad is None and self.grad is not None:
             param.grad = _laid_like(param, self.grad, dtype=param.dtype)

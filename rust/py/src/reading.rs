@@ -17,7 +17,7 @@ use crate::geometry::Density;
 use crate::group::Group;
 use crate::memory::Memory;
 use crate::particular::{self, Look, Particular, Versions};
-use crate::precision::{Known, Requested};
+use crate::precision::{Kind, Known, Requested};
 use crate::problem::{Place, Problem};
 use crate::roster::{KEYS, Row};
 use crate::running::Counter;
@@ -226,10 +226,13 @@ impl<'py> Reader<'py, '_> {
                 return Err(Otherwise::Missing);
             }
         };
+        let keeps = self.rounding.keeps_what_is_left_over(floating(&value)?.dtype);
         let left_over = match &moments[4] {
-            _ if !self.rounding.keeps_what_is_left_over(floating(&value)?.dtype) => None,
-            Some(left_over) => Some(read(left_over)?),
-            None => return Err(Otherwise::Missing),
+            Some(left_over) if keeps => Some(read(left_over)?),
+            None if keeps => return Err(Otherwise::Missing),
+            // A wider value leaves nothing over, and what a former one has left over is not its own.
+            Some(_) if self.rounding.kind == Kind::Kahan => return Err(Otherwise::Retyped),
+            _ => None,
         };
         let step = read(step)?;
         if !Counter::can_count(&step) {
@@ -403,11 +406,7 @@ impl<'a> Tensors<'a> {
             id: row.id,
             value: &self.value,
             value_dtype: value.dtype,
-            moments: [
-                Some(exp_avg.dtype),
-                Some(exp_avg_sq.dtype),
-                max_exp_avg_sq.map(|max| max.dtype),
-            ],
+            declared: row.stored_as,
             left_over: self.left_over.as_ref(),
             scales: self.scales,
             layout: &layout,
