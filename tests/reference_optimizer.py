@@ -112,10 +112,10 @@ class Reference:
             moments[key][where] = moment
 
     def _store_moments(self, key: str, entry: Entry, exact: Exact, mask: torch.Tensor) -> None:
-        narrowed = kept_as(entry.kind or self.kind, entry.value) == "bfloat16"
+        # Moments narrower than their value are rounded at random whatever is asked for, others as the value is.
+        is_random = self.rounding == "stochastic" or not is_short(entry.value)
         for name, moment in exact[1].items():
             old, compact = entry.moments[name], name in entry.compact
-            is_random = self.rounding == "stochastic" if is_short(entry.value) else narrowed
             if compact or (is_random and is_short(old)):
                 new = self._chosen(key, name, moment, compact=compact)
             else:

@@ -42,27 +42,6 @@ def test_a_tensor_in_the_place_of_a_moment_is_used_and_then_stored_as_declared(k
     assert torch.allclose(ends[0], ends[1], rtol=0, atol=1e-6 + reach * 1e-2)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
-@pytest.mark.parametrize("kind", [None, torch.float32, "8bit"])
-def test_a_narrower_moment_is_rounded_to_the_nearest_where_bfloat16_was_not_declared(kind: Any, rounding: Any) -> None:
-    ends = []
-    for seed in (1, 2):
-        model, opt = stepped(None, rounding=rounding, rounding_seed=seed)
-        opt.set_state_dtype("0.bias", kind)
-        for key in ("exp_avg", "exp_avg_sq"):
-            held = opt.state[model[0].weight]
-            held[key] = held[key].bfloat16()
-        step(model, opt, 3)
-        ends.append(opt.state_of("0.weight"))
-    exact = stepped(None)
-    for key in ("exp_avg", "exp_avg_sq"):
-        exact[1].state_of("0.weight")[key].copy_(exact[1].state_of("0.weight")[key].bfloat16())
-    step(*exact, 3)
-    for key in ("exp_avg", "exp_avg_sq"):
-        assert same_bits(ends[0][key], ends[1][key]), "nothing is random"
-        assert same_bits(ends[0][key], exact[1].state_of("0.weight")[key].bfloat16())
-
-
 def test_one_of_two_moments_may_be_exchanged() -> None:
     for key in ("exp_avg", "exp_avg_sq"):
         model, opt = stepped("8bit", amsgrad=True)

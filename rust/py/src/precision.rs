@@ -51,24 +51,22 @@ pub struct Known<'a> {
     pub id: ParamId,
     pub value: &'a Reading<'a>,
     pub value_dtype: DType,
-    /// The dtype of the first moment, where one is declared.
-    pub declared: Option<DType>,
+    pub moments: [Option<DType>; 3],
     pub left_over: Option<&'a Reading<'a>>,
     pub scales: Option<Scales>,
     pub layout: &'a Layout,
 }
 
 impl Known<'_> {
-    /// The task's, if there is anything to say: moments that are declared to be narrower than their value are rounded at
-    /// random, others as the value is. What a client made narrower is rounded to the nearest, as everything is in torch.
+    /// The task's, if there is anything to say: moments that are narrower than their value are rounded at random, others
+    /// as the value is.
     #[inline]
     pub fn precision(&self) -> Option<Box<Precision>> {
         let is_short = self.value_dtype.size_of() == 2;
         let kind = self.requested.kind;
-        let random_moments = match is_short {
-            true => kind == Kind::Stochastic,
-            false => self.declared == Some(DType::Bf16),
-        };
+        let moments = self.moments.iter().flatten().map(|dtype| dtype.size_of());
+        let short = moments.filter(|&size| size == 2);
+        let random_moments = if is_short { kind == Kind::Stochastic } else { short.count() > 0 };
         if (!is_short || kind == Kind::Nearest) && !random_moments && self.scales.is_none() {
             return None;
         }

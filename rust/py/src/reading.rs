@@ -406,7 +406,11 @@ impl<'a> Tensors<'a> {
             id: row.id,
             value: &self.value,
             value_dtype: value.dtype,
-            declared: row.stored_as,
+            moments: [
+                Some(exp_avg.dtype),
+                Some(exp_avg_sq.dtype),
+                max_exp_avg_sq.map(|max| max.dtype),
+            ],
             left_over: self.left_over.as_ref(),
             scales: self.scales,
             layout: &layout,
