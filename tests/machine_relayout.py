@@ -100,6 +100,8 @@ class Relayout(IdentityMachine):
             twin.carry(carry, carry(twin.value))
         except RefusedError as refusal:
             form.refusals.append(refusal.error)
+            if entry.limit is not None and entry.limit.function is not None:
+                form.refusals.append(paramstate.ConstraintError)
             twin.value = carry(twin.value)
         if keeps_dims:
             twin.limit = entry.limit

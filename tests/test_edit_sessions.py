@@ -346,6 +346,18 @@ def test_a_change_of_state_alone_is_a_step_of_the_history() -> None:
         assert opt._find("second.weight").rows is not None
 
 
+def test_a_gradient_follows_a_value_back_to_the_dtype_that_it_had() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    with opt.edit():
+        net.double()
+        give_gradient(net.first.weight, "a")
+    assert net.first.weight.grad.dtype == net.first.weight.dtype == torch.float32
+    with opt.edit_rows() as rows:
+        rows.gather("first.weight", [1, 0])
+    opt.step()
+
+
 @pytest.mark.parametrize("state", ["snapshot", "reset"])
 def test_what_is_frozen_goes_back_and_forth_with_a_session_that_carries_state(state: str) -> None:
     net = Net()

@@ -119,13 +119,21 @@ class Captured:
             return None
         if not same_bits(self.tensor.detach().to(self.bits.device), self.bits):
             if self.tensor.shape != self.bits.shape or self.tensor.dtype != self.bits.dtype:
-                self.tensor.data = self.bits.to(self.tensor.device, copy=True)
+                become(self.tensor, self.bits.to(self.tensor.device, copy=True))
             else:
                 with torch.no_grad():
                     self.tensor.copy_(self.bits)
         if self.tensor.is_leaf and self.tensor.requires_grad != self.requires_grad:
             self.tensor.requires_grad_(self.requires_grad)
         return self.tensor
+
+
+def become(tensor: Tensor, values: Tensor) -> None:
+    """Take other memory; a gradient follows to its dtype, as with ``module.to(...)``, and goes with another shape."""
+    grad, tensor.grad = tensor.grad if tensor.is_leaf else None, None
+    tensor.data = values
+    if grad is not None and grad.shape == values.shape:
+        tensor.grad = grad.to(values.dtype)
 
 
 Capture = dict[str, Captured]

@@ -114,7 +114,9 @@ class _EntryItem:
         trains = tensor.requires_grad
         if not self.entry.slots:
             # Where nothing tells which slots hold it, another object there would be trained by nobody.
-            held.data = tensor.data.clone()
+            from .captures import become
+
+            become(held, tensor.data.clone())
         else:
             self.optimizer._exchange(self.entry, tensor)
             self.optimizer._put_into_slots(self.entry, tensor, held)
