@@ -230,17 +230,37 @@ impl<V: Element, M: Element, const RANDOM_VALUE: bool, const RANDOM_MOMENTS: boo
 
     #[inline(always)]
     fn run(self) {
-        let Self { slices: Slices { value, grad, exp_avg, exp_avg_sq }, scalars, keys } = self;
+        let Self { slices, scalars, keys } = self;
         if scalars.has_l2_decay() {
-            step::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, true>(
-                value, grad, exp_avg, exp_avg_sq, scalars, keys,
-            );
+            steps::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, true>(slices, scalars, keys);
         } else {
-            step::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, false>(
-                value, grad, exp_avg, exp_avg_sq, scalars, keys,
-            );
+            steps::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, false>(slices, scalars, keys);
         }
     }
+}
+
+#[inline(always)]
+fn steps<
+    V: Element,
+    M: Element,
+    const RANDOM_VALUE: bool,
+    const RANDOM_MOMENTS: bool,
+    const L2: bool,
+>(
+    slices: Slices<'_, V, M>,
+    scalars: Scalars<f32>,
+    mut keys: Keys,
+) {
+    let (strides, rest) = slices.strides();
+    for Slices { value, grad, exp_avg, exp_avg_sq } in strides {
+        let len = value.len();
+        step::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, L2>(
+            value, grad, exp_avg, exp_avg_sq, scalars, keys,
+        );
+        keys.first = keys.first.wrapping_add(len as u32);
+    }
+    let Slices { value, grad, exp_avg, exp_avg_sq } = rest;
+    step::<V, M, RANDOM_VALUE, RANDOM_MOMENTS, L2>(value, grad, exp_avg, exp_avg_sq, scalars, keys);
 }
 
 #[inline(always)]

@@ -22,13 +22,29 @@ impl<const RANDOM: bool> Kernel for Pairs<'_, RANDOM> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { slices: Slices { value, grad, exp_avg, exp_avg_sq }, scalars, keys } = self;
+        let Self { slices, scalars, keys } = self;
         if scalars.has_l2_decay() {
-            step::<RANDOM, true>(value, grad, exp_avg, exp_avg_sq, scalars, keys);
+            steps::<RANDOM, true>(slices, scalars, keys);
         } else {
-            step::<RANDOM, false>(value, grad, exp_avg, exp_avg_sq, scalars, keys);
+            steps::<RANDOM, false>(slices, scalars, keys);
         }
     }
+}
+
+#[inline(always)]
+fn steps<const RANDOM: bool, const L2: bool>(
+    slices: Slices<'_, u32, u32>,
+    scalars: Scalars<f32>,
+    mut keys: Keys,
+) {
+    let (strides, rest) = slices.strides();
+    for Slices { value, grad, exp_avg, exp_avg_sq } in strides {
+        let len = 2 * value.len();
+        step::<RANDOM, L2>(value, grad, exp_avg, exp_avg_sq, scalars, keys);
+        keys.first = keys.first.wrapping_add(len as u32);
+    }
+    let Slices { value, grad, exp_avg, exp_avg_sq } = rest;
+    step::<RANDOM, L2>(value, grad, exp_avg, exp_avg_sq, scalars, keys);
 }
 
 /// The index, within its pair, of the element in the lower half of a word.

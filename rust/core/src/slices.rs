@@ -2,7 +2,15 @@
 
 use std::ops::Range;
 
+use crate::prefetch::prefetch_start;
 use crate::{AdamTask, Operand};
+
+/// Elements that a loop works on before it looks ahead again.
+const STRIDE: usize = 64;
+
+/// How far ahead memory is asked for. The hardware foresees a stream within a page; a loop that converts crosses several
+/// pages at once, and waits at each border without this.
+const AHEAD: usize = 512;
 
 /// The elements of a task that a loop takes: values and gradients of one type, moments of one type.
 pub(crate) struct Slices<'a, V, M> {
@@ -37,6 +45,33 @@ impl<V, M> Slices<'_, V, M> {
             exp_avg_sq: unsafe { slice(exp_avg_sq, span) },
         })
     }
+}
+
+impl<'a, V, M> Slices<'a, V, M> {
+    /// One stride after another, each once the memory beyond it was asked for; and what is left, less than a stride.
+    #[inline(always)]
+    pub(crate) fn strides(self) -> (impl Iterator<Item = Self>, Self) {
+        let (values, value) = self.value.as_chunks_mut::<STRIDE>();
+        let (grads, grad) = self.grad.as_chunks::<STRIDE>();
+        let (exp_avgs, exp_avg) = self.exp_avg.as_chunks_mut::<STRIDE>();
+        let (exp_avg_sqs, exp_avg_sq) = self.exp_avg_sq.as_chunks_mut::<STRIDE>();
+        let moments = exp_avgs.iter_mut().zip(exp_avg_sqs);
+        let strides = values.iter_mut().zip(grads).zip(moments);
+        let strides = strides.map(|((value, grad), (exp_avg, exp_avg_sq))| {
+            look_ahead(value);
+            look_ahead(grad);
+            look_ahead(exp_avg);
+            look_ahead(exp_avg_sq);
+            Slices { value, grad, exp_avg, exp_avg_sq }
+        });
+        (strides, Slices { value, grad, exp_avg, exp_avg_sq })
+    }
+}
+
+#[inline(always)]
+fn look_ahead<T>(stride: &[T; STRIDE]) {
+    let ahead = stride.as_ptr().wrapping_add(AHEAD);
+    prefetch_start(ahead.cast(), size_of_val(stride), usize::MAX);
 }
 
 pub(crate) fn is_aligned<T>(operand: &Operand) -> bool {
