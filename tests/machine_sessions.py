@@ -208,7 +208,7 @@ class Sessions(IdentityMachine):
                 own, grad = grads[id(tensor)], entry.grad
                 follows = grad is not None and (grad.shape, grad.dtype) == (value.shape, value.dtype)
                 entry.grad = own if own is not None else grad if follows else None
-            if entry.grad is not None and entry.grad.dtype != value.dtype:
+            if entry.grad is not None:
                 entry.grad = entry.grad.to(value.dtype) if entry.grad.shape == value.shape else None
             if point.states is not None:
                 state = point.states[key].copied()
