@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 
 import paramstate
+from paramstate.identity.membership import Membership
 
 PACKAGE = str(Path(paramstate.__file__).parent)
 Line = tuple[str, int]
@@ -154,3 +158,39 @@ def test_a_failure_at_any_line_leaves_everything_as_it_was() -> None:
         assert training.opt.row_steps("a.weight").tolist() == expected.tolist(), lines[place - 1]
     assert {file for file, _ in applied} <= {"surgery/row_edits.py"}, "only what tidies up comes after"
     assert len(applied) <= 2
+
+
+def test_what_an_undone_edit_noted_of_a_tensor_does_not_count_when_the_tensor_leaves() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    opt = paramstate.AdamW(model.named_parameters())  # knows no slots: a tensor that left may still be used
+    model(torch.randn(2, 4)).sum().backward()
+    put = Membership._put_into_slots
+
+    def put_and_fail(*arguments: Any) -> None:
+        put(*arguments)
+        raise InterruptionError
+
+    with (
+        pytest.raises(InterruptionError),
+        mock.patch.object(Membership, "_put_into_slots", put_and_fail),
+        opt.edit_rows() as rows,
+    ):
+        rows.permute("1.weight", [2, 1, 0])
+    smaller = copy.deepcopy(model[:1])
+    opt.relayout(smaller, drop=["1.weight", "1.bias"])
+    smaller(torch.randn(2, 4)).sum().backward()
+    opt.step()
+    assert float(opt.state_of("0.weight")["step"]) == 1.0
+
+
+def test_a_tensor_before_an_edit_is_nobodys_once_its_parameter_was_dropped() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    opt = paramstate.AdamW(model.named_parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    before = model[1].weight
+    with opt.edit_rows() as rows:
+        rows.permute("1.weight", [2, 1, 0])
+    smaller = copy.deepcopy(model[:1])
+    opt.relayout(smaller, drop=["1.weight", "1.bias"])
+    before.grad = torch.ones_like(before)
+    opt.step()

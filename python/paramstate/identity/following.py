@@ -60,7 +60,7 @@ class Following(Membership):
             self.state[old] = state
             self._aliases.append(Alias(old, new, state, new.grad if own is None else None))
         if not entry.slots:
-            self._left.append((entry, old, old.grad))
+            self._has_left(entry, old)
 
     def _is_enrolled(self, needed: bool) -> bool:
         """Whether the parameters have their IDs; if that is ``needed``, they get them."""
@@ -145,7 +145,8 @@ class Following(Membership):
     def _raise_for_left(self) -> None:
         """Where the slots are unknown, a tensor that was replaced may still be used: then it has a gradient again."""
         for entry, old, grad in self._left:
-            if old.grad is not None and old.grad is not grad and self._table.of(old) is None:
+            is_used = old.grad is not None and old.grad is not grad and self._table.of(old) is None
+            if is_used and self._table.of(entry.param) is entry:  # else it is the user who let the parameter go
                 raise ReplacedParameterError(
                     f"{self._table.called(entry)} was replaced in one module, or by opt.replace_(...) or "
                     "opt.edit_rows(), but the tensor before it has a gradient: it is still used (not assigned there, "

@@ -76,11 +76,16 @@ class Succession(Tables):
         Where no model is known the user does; that the old tensor is still used is noticed in the next step.
         """
         if not entry.slots:
-            self._left.append((entry, old, old.grad))
+            self._has_left(entry, old)
         for slot in entry.slots:
             module = slot.module()
             if module is not None:
                 setattr(module, slot.attribute, new)
+
+    def _has_left(self, entry: Entry, old: Tensor) -> None:
+        """Note with which gradient a tensor left that may still be used. What was noted of it before is out of date."""
+        self._left = [noted for noted in self._left if noted[1] is not old]
+        self._left.append((entry, old, old.grad))
 
     def _lists(self) -> list[list[Tensor]]:
         """The parameters of each group; what a client put there that is no list becomes one."""

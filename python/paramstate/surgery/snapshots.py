@@ -24,6 +24,7 @@ class Snapshot:
         self._optimizer = optimizer
         self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
         self._state = list(optimizer.state.items())
+        self._left = list(optimizer._left)
         self._side, self._held = side, dict(side)
         self._entries = [
             (entry, entry.param, entry.param.grad, entry.constraint, entry.rows, self._state_of(entry))
@@ -41,6 +42,7 @@ class Snapshot:
             group["params"] = params
         optimizer.state.clear()  # and filled again, so that its order is the old one as well
         optimizer.state.update(self._state)
+        optimizer._left = self._left
         for entry, old, grad, constraint, rows, state in self._entries:
             if entry.param is not old:
                 optimizer._table.follow(entry, old)
