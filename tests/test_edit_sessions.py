@@ -716,3 +716,13 @@ def test_state_of_another_shape_goes_with_the_value_that_it_was_made_for(bare: b
     assert opt.state_of("first.weight") == {}
     train(net, opt, range(1))
     assert opt.state_of("first.weight")["step"] == 1
+
+
+def test_an_empty_entry_that_a_look_into_the_state_leaves_is_no_change() -> None:
+    net = Net()
+    opt = paramstate.AdamW(net)
+    with opt.edit(state="snapshot") as session:
+        assert opt.state[net.first.weight] == {}
+        assert not session.is_edited
+        with pytest.raises(paramstate.EditError, match="nothing to undo"):
+            session.undo()

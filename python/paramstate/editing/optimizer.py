@@ -151,7 +151,8 @@ class _StateOf:
 
     def _held(self, entry: Entry) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """State and what is declared, not copied."""
-        return self._optimizer.state.get(entry.param), {trait: getattr(entry, trait) for trait in TRAITS}
+        # Whoever looks into torch's mapping leaves an empty entry there: that is no state.
+        return self._optimizer.state.get(entry.param) or None, {trait: getattr(entry, trait) for trait in TRAITS}
 
     def give(self, taken: Taken, names: Iterable[str]) -> None:
         for name in names:
