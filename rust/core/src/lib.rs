@@ -78,6 +78,7 @@ mod error;
 mod float_mode;
 mod frozen_rows;
 mod fused;
+mod helpers_gate;
 mod hold;
 
 mod id;

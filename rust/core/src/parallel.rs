@@ -12,6 +12,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::Isa;
 use crate::float_mode::FloatMode;
+use crate::helpers_gate::help;
 
 /// Elements of one tensor that are one unit of work: a few hundred kilobytes, large beside the cost
 /// of handing it out and small beside a model.
@@ -141,14 +142,9 @@ impl Plan {
         }
         let Some(pool) = pool(helpers) else { return drain() };
         let mode = FloatMode::current();
-        pool.in_place_scope(|scope| {
-            for _ in 0..helpers {
-                scope.spawn(|_| {
-                    let _own = mode.enter();
-                    drain();
-                });
-            }
-            drain();
+        help(&pool, helpers, drain, move |work| {
+            let _own = mode.enter();
+            work();
         });
     }
 }
