@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 from torch import nn
 
 import paramstate
@@ -45,6 +45,7 @@ class Form:
 class Relayout(IdentityMachine):
     """The optimizer goes on with a model that holds the same weights in another layout."""
 
+    @precondition(lambda self: len(self.layers()) < len(NAMES))
     @rule(seed=seeds, how=st.sampled_from(["laid out anew", "a copy", "cut", "joined", "one goes, one comes"]))
     def relayout(self, seed: int, how: str) -> None:
         draw, form, options = random.Random(seed), Form(), {}
