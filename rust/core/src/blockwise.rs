@@ -21,7 +21,7 @@ use crate::codec::Random;
 use crate::element::Compute;
 use crate::fused::Keys;
 use crate::isa::Kernel;
-use crate::prefetch::prefetch_start;
+use crate::prefetch::prefetch_ahead;
 use crate::random::word;
 use crate::update::Scalars;
 use crate::{DType, Element};
@@ -199,15 +199,6 @@ impl<V: Element> StepBlocks<'_, V> {
             room.step::<V, L2, RANDOM_VALUE>(last_value, last_grad, m, v, scalars, keys);
         }
     }
-}
-
-/// How many blocks ahead memory is asked for.
-const AHEAD: usize = 4;
-
-#[inline(always)]
-fn prefetch_ahead<T>(block: &[T; BLOCK_LEN]) {
-    let ahead = block.as_ptr().wrapping_add(AHEAD * BLOCK_LEN);
-    prefetch_start(ahead.cast(), size_of_val(block), usize::MAX);
 }
 
 /// The moments of one block, and its random words.

@@ -36,3 +36,14 @@ pub(crate) fn prefetch_start(ptr: *const u8, bytes: usize, lines: usize) {
         prefetch(ptr.addr() + line * LINE);
     }
 }
+
+/// How many elements ahead a loop that converts asks for memory. The hardware foresees a stream within a page; such a
+/// loop crosses several pages at once, and waits at each border without this.
+const AHEAD: usize = 512;
+
+/// Asks for as much memory as a part of a tensor takes, so far beyond it that it is there when its turn comes.
+#[inline(always)]
+pub(crate) fn prefetch_ahead<T, const LEN: usize>(part: &[T; LEN]) {
+    let ahead = part.as_ptr().wrapping_add(AHEAD);
+    prefetch_start(ahead.cast(), size_of_val(part), usize::MAX);
+}

@@ -2,15 +2,11 @@
 
 use std::ops::Range;
 
-use crate::prefetch::prefetch_start;
+use crate::prefetch::prefetch_ahead;
 use crate::{AdamTask, Operand};
 
 /// Elements that a loop works on before it looks ahead again.
 const STRIDE: usize = 64;
-
-/// How far ahead memory is asked for. The hardware foresees a stream within a page; a loop that converts crosses several
-/// pages at once, and waits at each border without this.
-const AHEAD: usize = 512;
 
 /// The elements of a task that a loop takes: values and gradients of one type, moments of one type.
 pub(crate) struct Slices<'a, V, M> {
@@ -58,20 +54,14 @@ impl<'a, V, M> Slices<'a, V, M> {
         let moments = exp_avgs.iter_mut().zip(exp_avg_sqs);
         let strides = values.iter_mut().zip(grads).zip(moments);
         let strides = strides.map(|((value, grad), (exp_avg, exp_avg_sq))| {
-            look_ahead(value);
-            look_ahead(grad);
-            look_ahead(exp_avg);
-            look_ahead(exp_avg_sq);
+            prefetch_ahead(value);
+            prefetch_ahead(grad);
+            prefetch_ahead(exp_avg);
+            prefetch_ahead(exp_avg_sq);
             Slices { value, grad, exp_avg, exp_avg_sq }
         });
         (strides, Slices { value, grad, exp_avg, exp_avg_sq })
     }
-}
-
-#[inline(always)]
-fn look_ahead<T>(stride: &[T; STRIDE]) {
-    let ahead = stride.as_ptr().wrapping_add(AHEAD);
-    prefetch_start(ahead.cast(), size_of_val(stride), usize::MAX);
 }
 
 pub(crate) fn is_aligned<T>(operand: &Operand) -> bool {
