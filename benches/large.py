@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import sides
 from bandwidth import loops
 from outcome import OURS, Outcome, compared
 from scale import SLOW_EVERY
-from timing import Action, Contestant, Spread, Times, least_times, measure, ratios
+from timing import Action, Contestant, Spread, Times, least_times, measure, ratios, rest
 
 MAX_NORM = 1.0  # about a tenth of the norm of the random gradients, so the clip binds
 LIMIT = 0.04  # two standard deviations of the random values, so the clamp binds
@@ -26,6 +27,7 @@ AGED = slice(8, None, 10)  # 14 of the 148 parameters, 12 % of the elements
 class Work:
     """What a training loop does, and in what precision."""
 
+    shapes: Sequence[shapes.Shape] = field(default_factory=shapes.gpt2)
     max_grad_norm: float | None = None
     limit: float | None = None
     dtype: torch.dtype = torch.float32
@@ -41,7 +43,7 @@ class Work:
 
     def model(self) -> nn.ParameterList:
         """The parameters with gradients."""
-        model = sides.make_model(shapes.gpt2(), self.limit, self.dtype)
+        model = sides.make_model(self.shapes, self.limit, self.dtype)
         sides.give_gradients(model)
         return model
 
@@ -161,48 +163,55 @@ def run(work: Work) -> Outcome:
     return measured(contestants, best, int(work.bytes_per_element * elements), (note,))
 
 
-def age(side: sides.Side, reference: correctness.Reference) -> float:
-    """Reset every tenth row of some parameters; returns the share of the elements that these hold."""
-    chosen = list(range(len(side.parameters)))[AGED]
+def age(side: sides.Side, chosen: list[int], reference: correctness.Reference) -> None:
+    """Reset a tenth of the rows of some parameters, at random."""
+    masks = {index: tenth(side.parameters[index], seed=index) for index in chosen}
     with side.optimizer.edit_rows() as rows:  # type: ignore[attr-defined]
-        for index in chosen:
-            rows.reset(str(index), slice_mask(side.parameters[index]))
-    for index in chosen:
+        for index, mask in masks.items():
+            rows.reset(str(index), mask)
+    for index, mask in masks.items():
         parameter = side.parameters[index]
-        mask = slice_mask(parameter).reshape([-1] + [1] * (parameter.dim() - 1)).expand(parameter.shape)
-        reference.restart(index, mask)
-    sizes = [parameter.numel() for parameter in side.parameters]
-    return sum(sizes[AGED]) / sum(sizes)
+        reference.restart(index, mask.reshape([-1] + [1] * (parameter.dim() - 1)).expand(parameter.shape))
 
 
-def slice_mask(parameter: nn.Parameter) -> Tensor:
-    """Every tenth row."""
-    mask = torch.zeros(parameter.shape[0], dtype=torch.bool)
-    mask[::10] = True
-    return mask
+def tenth(parameter: nn.Parameter, seed: int) -> Tensor:
+    """A tenth of the rows, at random."""
+    numbers = torch.rand(parameter.shape[0], generator=torch.Generator().manual_seed(seed))
+    return numbers < 0.1
 
 
-def row_steps() -> Outcome:
-    """Measure a step in which a tenth of the parameters have rows of two ages, against one in which none has."""
-    work = Work()
+def aged_rows(work: Work, chosen: list[int]) -> Outcome:
+    """Measure a step in which some parameters have rows of two ages, against one in which none has."""
     aged, plain = work.ours(), work.ours()
     reference = correctness.Reference(aged.parameters)
     runs = {OURS: (aged, aged.optimizer.step)}
     correctness.require(OURS, correctness.check(reference, runs, work.tolerance).get(OURS, ""))
-    share = age(aged, reference)
+    age(aged, chosen, reference)
     correctness.require(OURS, correctness.check(reference, runs, work.tolerance).get(OURS, ""))
-    elements = sum(parameter.numel() for parameter in aged.parameters)
+    sizes = [parameter.numel() for parameter in aged.parameters]
+    share = sum(sizes[index] for index in chosen) / sum(sizes)
     without = f"{OURS}, no row steps"
-    contestants = {OURS: Contestant(aged.optimizer.step), without: Contestant(plain.optimizer.step)}
-    count = len(aged.parameters[AGED])
+    runs_of = {OURS: aged.optimizer.step, without: plain.optimizer.step}
+    contestants = {name: Contestant(run, before=rest) for name, run in runs_of.items()}
+    which = f"{len(chosen)} of {len(sizes)} parameters, {share:.0%} of the elements,"
     notes = (
         "here the number is our time with row steps over our time without: less is better",
-        f"{count} parameters, {share:.0%} of the elements, have every tenth row {correctness.STEPS} steps younger",
+        f"{which} have a tenth of their rows, at random, {correctness.STEPS} steps younger",
     )
     plain.optimizer.step()  # it has moments then
     share_memory(aged, plain)
-    found = measured(contestants, without, int(work.bytes_per_element * elements), notes)
+    found = measured(contestants, without, int(work.bytes_per_element * sum(sizes)), notes)
     return Outcome(**{**vars(found), "number": ratios(found.times[OURS], found.times[without])})
+
+
+def row_steps() -> Outcome:
+    """Measure a step over GPT-2 in which a tenth of the parameters have rows of two ages."""
+    return aged_rows(Work(), list(range(len(shapes.gpt2())))[AGED])
+
+
+def row_steps_alone(row: int) -> Callable[[], Outcome]:
+    """Measure a step over one parameter whose rows, of so many elements, are of two ages."""
+    return lambda: aged_rows(Work(shapes=(shapes.rows_of(row),)), [0])
 
 
 def step() -> Outcome:

@@ -35,6 +35,12 @@ def gpt2() -> list[Shape]:
     return embeddings + [shape for _ in range(LAYERS) for shape in block()] + layer_norm()
 
 
+def rows_of(row: int) -> Shape:
+    """One parameter of 33,554,432 elements, in rows of so many."""
+    elements = 33_554_432 // SMALLER**2
+    return (elements,) if row == 1 else (elements // row, row)
+
+
 def square_matrices() -> list[Shape]:
     """Eight matrices of one shape, 33,554,432 elements: some of the others compile their step anew for each shape."""
     side = 2_048 // min(SMALLER, 8)  # some keep moments of less than 4,096 elements in 32 bits

@@ -18,6 +18,11 @@ def nothing() -> None:
     """Stand for the preparation that a contestant does not need."""
 
 
+def rest() -> None:
+    """Wait until the threads of whoever ran before have stopped spinning: who runs later would not meet them."""
+    time.sleep(0.02)
+
+
 @dataclass(frozen=True)
 class Contestant:
     """What is timed, what happens before it each time, untimed, and in which rounds: in all, or in every n-th."""

@@ -35,6 +35,12 @@ const KERNELS: &[(&str, fn())] = &[
     ("adam fp32, rows of 100 ages", || {
         one(Work { ages: Some(|row| row % 100), ..Work::default() })
     }),
+    ("adam fp32, short rows of two ages", || {
+        one(Work { ages: Some(|row| row % 2), inner: 4, ..Work::default() });
+    }),
+    ("adam fp32, short rows of 100 ages", || {
+        one(Work { ages: Some(|row| row % 100), inner: 4, ..Work::default() });
+    }),
     ("adam bf16", || one(Work::all(DType::Bf16))),
     ("adam f16", || one(Work::all(DType::F16))),
     ("adam f64", || one(Work::all(DType::F64))),
@@ -121,6 +127,8 @@ struct Work {
     transposed: bool,
     each: bool,
     ages: Option<fn(usize) -> usize>,
+    /// Elements of a row.
+    inner: usize,
     /// Of the value; moments are rounded at random then.
     rounding: Option<Rounding>,
     /// Whether what the value's rounding leaves over is kept.
@@ -139,6 +147,7 @@ impl Default for Work {
             transposed: false,
             each: false,
             ages: None,
+            inner: INNER,
             rounding: None,
             compensated: false,
         }
@@ -198,8 +207,14 @@ impl Work {
         }
         let view = |operand| View { operand, layout: ViewLayout::Flat { len: self.len } };
         let rows = self.ages.map(|age| {
-            let offsets: Vec<i64> = (0..ROWS).map(|row| age(row) as i64).collect();
-            RowSteps::new(INNER, Arc::new(Cohorts::new(&offsets, |_| false)), &self.adam(), 200.0)
+            let rows = 0..self.len / self.inner;
+            let offsets: Vec<i64> = rows.map(|row| age(row) as i64).collect();
+            RowSteps::new(
+                self.inner,
+                Arc::new(Cohorts::new(&offsets, |_| false)),
+                &self.adam(),
+                200.0,
+            )
         });
         Some(Box::new(Particulars {
             rows,

@@ -8,6 +8,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use crate::row_walk::CHUNK;
+
 /// Rows of one page are looked at once, when the cohorts are made.
 const PAGE: usize = 256;
 
@@ -28,6 +30,7 @@ const TABLE: usize = 1 << 20;
 pub struct Cohorts {
     /// Of each row: 0 if it is skipped, else its cohort counted from 1.
     codes: Codes,
+    rows: usize,
     /// The offset of each cohort.
     offsets: Vec<i64>,
     /// Whether any row is skipped.
@@ -36,7 +39,8 @@ pub struct Cohorts {
     pages: Vec<Option<u32>>,
 }
 
-/// A code for each row, in as few bytes as will do.
+/// A code for each row, in as few bytes as will do. After the last follow the first
+/// again, a chunk of them.
 #[derive(Clone, Debug)]
 pub(crate) enum Codes {
     Few(Vec<u8>),
@@ -55,21 +59,19 @@ impl Cohorts {
         let codes: Vec<u32> = offsets.iter().enumerate().map(code).collect();
         let page = |rows: &[u32]| rows.iter().all(|code| *code == rows[0]).then_some(rows[0]);
         let pages = codes.chunks(PAGE).map(page).collect();
-        let (offsets, skips) = (finder.offsets, codes.contains(&SKIPPED));
+        let (rows, offsets, skips) = (codes.len(), finder.offsets, codes.contains(&SKIPPED));
+        let again = codes.iter().cycle().take(rows + CHUNK).copied();
         let codes = match u8::try_from(offsets.len()) {
-            Ok(_) => Codes::Few(codes.into_iter().map(|code| code as u8).collect()),
-            Err(_) => Codes::Many(codes),
+            Ok(_) => Codes::Few(again.map(|code| code as u8).collect()),
+            Err(_) => Codes::Many(again.collect()),
         };
-        Self { codes, offsets, skips, pages }
+        Self { codes, rows, offsets, skips, pages }
     }
 
     /// How many rows there are.
     #[must_use]
     pub fn rows(&self) -> usize {
-        match &self.codes {
-            Codes::Few(codes) => codes.len(),
-            Codes::Many(codes) => codes.len(),
-        }
+        self.rows
     }
 
     /// The distinct offsets of the rows that are not skipped.

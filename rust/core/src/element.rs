@@ -263,7 +263,11 @@ pub(crate) trait Compute:
     fn encode<T: Element>(self) -> T;
     fn encode_at_random<T: Element>(self, random: u32) -> T;
     /// That of the two which is in this type.
-    fn either<'a>(single: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]];
+    fn either<'a>(single: &'a [f32], double: &'a [f64]) -> &'a [Self];
+    /// The numbers, if they are of 32 bits.
+    fn singles(numbers: &[Self]) -> Option<&[f32]>;
+    /// The numbers, if they are of 32 bits.
+    fn singles_mut(numbers: &mut [Self]) -> Option<&mut [f32]>;
 }
 
 impl Compute for f32 {
@@ -300,8 +304,16 @@ impl Compute for f32 {
         T::from_f32_at_random(self, random)
     }
     #[inline(always)]
-    fn either<'a>(single: &'a [[f32; 2]], _: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
+    fn either<'a>(single: &'a [f32], _: &'a [f64]) -> &'a [Self] {
         single
+    }
+    #[inline(always)]
+    fn singles(numbers: &[Self]) -> Option<&[f32]> {
+        Some(numbers)
+    }
+    #[inline(always)]
+    fn singles_mut(numbers: &mut [Self]) -> Option<&mut [f32]> {
+        Some(numbers)
     }
 }
 
@@ -343,8 +355,16 @@ impl Compute for f64 {
         }
     }
     #[inline(always)]
-    fn either<'a>(_: &'a [[f32; 2]], double: &'a [[f64; 2]]) -> &'a [[Self; 2]] {
+    fn either<'a>(_: &'a [f32], double: &'a [f64]) -> &'a [Self] {
         double
+    }
+    #[inline(always)]
+    fn singles(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    #[inline(always)]
+    fn singles_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+        None
     }
 }
 

@@ -28,6 +28,32 @@ enum Kind {
 pub(crate) trait Kernel {
     type Output;
     fn run(self) -> Self::Output;
+
+    /// The same with AVX2, for a loop that names its instructions.
+    ///
+    /// # Safety
+    /// The processor has AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn run_avx2(self) -> Self::Output
+    where
+        Self: Sized,
+    {
+        self.run()
+    }
+
+    /// The same with AVX-512.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, VL, BW and DQ.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn run_avx512(self) -> Self::Output
+    where
+        Self: Sized,
+    {
+        self.run()
+    }
 }
 
 impl Isa {
@@ -92,11 +118,13 @@ impl Isa {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    // SAFETY: this function's features say so.
+    unsafe { kernel.run_avx2() }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,fma")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    // SAFETY: this function's features say so.
+    unsafe { kernel.run_avx512() }
 }

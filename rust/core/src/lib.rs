@@ -86,6 +86,8 @@ mod isa;
 mod kahan;
 mod layout;
 mod limits;
+#[cfg(target_arch = "x86_64")]
+mod mixed_rows;
 mod norm;
 mod norm_groups;
 mod norm_order;
@@ -102,7 +104,11 @@ mod project;
 mod random;
 mod row_change;
 mod row_edit;
+#[cfg(target_arch = "x86_64")]
+mod row_lanes;
+mod row_strip;
 mod row_traits;
+mod row_walk;
 mod rows;
 mod side;
 mod slices;

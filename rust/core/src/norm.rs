@@ -8,7 +8,7 @@ use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::operands::Operands;
 use crate::parallel::{CHUNK, Plan};
-use crate::rows::Rows;
+use crate::rows::{ROOM, Rows};
 use crate::side::{Scratch, Side};
 use crate::{AdamTask, DType, Execution, Isa, RowSteps, View};
 
@@ -153,11 +153,11 @@ unsafe fn sum_rows<C: Compute>(
     scratch: &mut [C; BLOCK],
     isa: Isa,
 ) -> f64 {
-    let mut room = [true; BLOCK];
+    let mut room = [true; ROOM];
     let mut lanes = [0.0; LANES];
     for start in span.clone().step_by(BLOCK) {
         let part = start..span.end.min(start + BLOCK);
-        let Some(active) = rows.activity(part.clone(), &mut room, isa) else {
+        let Some(active) = rows.activity(&part, &mut room, isa) else {
             // SAFETY: the caller's contract.
             let values = unsafe { side.read(part, scratch, isa) };
             lanes = isa.run(AddSquares { values, lanes });

@@ -9,6 +9,7 @@ use crate::isa::Kernel;
 use crate::norm::sum_span_in;
 use crate::norm_order::{Item, Ordered};
 use crate::parallel::Plan;
+use crate::rows::ROOM;
 use crate::side::Scratch;
 use crate::{DType, Execution, Isa, NormLimit};
 
@@ -123,8 +124,8 @@ impl<C: Compute> Holder<'_, C> {
     }
 
     /// Which elements may be scaled; `None`: all.
-    fn activity<'b>(&self, part: &Range<usize>, room: &'b mut [bool; BLOCK]) -> Option<&'b [bool]> {
-        self.held.rows.as_ref()?.activity(part.clone(), room, self.isa)
+    fn activity<'b>(&self, part: &Range<usize>, room: &'b mut [bool; ROOM]) -> Option<&'b [bool]> {
+        self.held.rows.as_ref()?.activity(part, room, self.isa)
     }
 
     /// Whole groups that fit into a block together.
@@ -132,7 +133,7 @@ impl<C: Compute> Holder<'_, C> {
     /// # Safety
     /// As for `hold`.
     unsafe fn hold_short(&mut self, part: Range<usize>) {
-        let mut room = [true; BLOCK];
+        let mut room = [true; ROOM];
         let active = self.activity(&part, &mut room);
         let (len, limit) = (self.held.len, self.held.limit);
         let side = self.held.side::<C>();
@@ -179,7 +180,7 @@ impl<C: Compute> Holder<'_, C> {
     /// # Safety
     /// As for `hold`, for the elements `span`; where it is longer than a block, there is one factor.
     unsafe fn scale(&mut self, span: Range<usize>, factors: &[f64]) {
-        let mut room = [true; BLOCK];
+        let mut room = [true; ROOM];
         for start in span.clone().step_by(BLOCK) {
             let part = start..span.end.min(start + BLOCK);
             let active = self.activity(&part, &mut room);

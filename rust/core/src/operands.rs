@@ -63,12 +63,6 @@ impl<'a> Operands<'a> {
         [&self.value, &self.exp_avg, &self.exp_avg_sq].into_iter().chain(&self.max_exp_avg_sq)
     }
 
-    /// Asks for the beginning of `part`, before something is prepared for it in which memory would
-    /// have nothing to do.
-    pub(crate) fn prefetch(&self, part: &Range<usize>) {
-        self.written().chain([&self.grad]).for_each(|side| side.prefetch(part));
-    }
-
     /// The elements `part`; `close` ends it.
     ///
     /// # Safety

@@ -11,7 +11,7 @@ use crate::rows::Stretch;
 use crate::side::{Blocks, Side, Varied};
 use crate::task::update_alike;
 use crate::update::Scalars;
-use crate::varied::{Corrections, Limits, VariedUpdate};
+use crate::varied::{Limits, VariedUpdate};
 use crate::{AdamTask, DType, Isa, Projection, RowSteps, View};
 
 /// What differs from row to row, or from element to element, and what is done beyond the update.
@@ -137,9 +137,6 @@ impl<'a> Bounding<'a> {
     }
 }
 
-/// The flags of elements that all take part.
-static ALL: [bool; BLOCK] = [true; BLOCK];
-
 fn blocks_of(span: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = span.end;
     span.step_by(BLOCK).map(move |start| start..end.min(start + BLOCK))
@@ -165,11 +162,8 @@ pub(crate) unsafe fn run_span<C: Compute>(
     if task.precision.as_ref().is_some_and(|precision| precision.scales.is_some()) {
         // A scale's elements may be of several rows: they are worked on together.
         work.rows = Some(rows);
-        for part in blocks_of(span) {
-            // SAFETY: the caller's contract.
-            unsafe { work.update_block(&part, &scalars) }
-        }
-        return;
+        // SAFETY: the caller's contract.
+        return unsafe { work.update_blocks(span, &scalars) };
     }
     let mut rest = span;
     while !rest.is_empty() {
@@ -181,15 +175,15 @@ pub(crate) unsafe fn run_span<C: Compute>(
                 unsafe { work.count_blocks(part) }
             }
             Stretch::Alike(code) => {
-                let scalars = scalars.corrected(rows.corrections()[code]);
+                let scalars = scalars.corrected(rows.correction(code));
                 work.rows = None;
                 // SAFETY: the caller's contract.
                 unsafe { work.update_blocks(part, &scalars) }
             }
             Stretch::Mixed => {
                 work.rows = Some(rows);
-                // SAFETY: the caller's contract; a mixed stretch is no longer than a block.
-                unsafe { work.update_block(&part, &scalars) }
+                // SAFETY: the caller's contract.
+                unsafe { work.update_blocks(part, &scalars) }
             }
         }
         rest.start = end;
@@ -211,41 +205,29 @@ impl<C: Compute> Work<'_, C> {
     /// # Safety
     /// As for [`run_span`].
     unsafe fn update_blocks(&mut self, span: Range<usize>, scalars: &Scalars<C>) {
-        if self.bounding.is_none() {
-            // SAFETY: the caller's contract.
-            return unsafe { update_alike(&self.operands, span, scalars, self.blocks, self.isa) };
-        }
-        for part in blocks_of(span) {
-            // SAFETY: the caller's contract.
-            unsafe { self.update_block(&part, scalars) }
+        match (&self.bounding, self.rows) {
+            (None, None) => {
+                // SAFETY: the caller's contract.
+                unsafe { update_alike(&self.operands, span, scalars, self.blocks, self.isa) }
+            }
+            (None, Some(_)) if self.operands.in_place() => {
+                // SAFETY: the caller's contract; no scratch is in use.
+                unsafe { self.update_block(&span, scalars) }
+            }
+            _ => {
+                for part in blocks_of(span) {
+                    // SAFETY: the caller's contract.
+                    unsafe { self.update_block(&part, scalars) }
+                }
+            }
         }
     }
 
     /// # Safety
-    /// As for [`run_span`]; `part` is no longer than a block.
+    /// As for [`run_span`]; `part` is no longer than a block, if anything goes through one.
     unsafe fn update_block(&mut self, part: &Range<usize>, scalars: &Scalars<C>) {
-        let Varied { codes, corrections, active: flags, min, max } = self.varied;
-        let (len, isa) = (part.len(), self.isa);
-        let (mut rows, mut active): (_, Option<&[bool]>) = (None, None);
-        if let Some(row_steps) = self.rows {
-            self.operands.prefetch(part);
-            let few = row_steps.few::<C>();
-            if few.is_none() || !self.operands.in_place() {
-                active = row_steps.rows().activity(part.clone(), flags, isa);
-            }
-            rows = Some(match few {
-                Some(table) => {
-                    let codes = &mut codes[..len];
-                    row_steps.rows().spell(part.clone(), codes, isa);
-                    Corrections::Few { codes, table }
-                }
-                None => {
-                    let corrections = &mut corrections[..len];
-                    row_steps.expand(part.clone(), corrections, isa);
-                    Corrections::Each { corrections, active: active.unwrap_or(&ALL[..len]) }
-                }
-            });
-        }
+        let (Varied { active, min, max }, isa) = (&mut *self.varied, self.isa);
+        let rows = self.rows.map(|rows| rows.read(part.start));
         let limits = self.bounding.as_ref().map(|bounding| {
             // SAFETY: the caller's contract.
             unsafe { bounding.limits(part, (min, max), isa) }
@@ -253,8 +235,11 @@ impl<C: Compute> Work<'_, C> {
         // SAFETY: the caller's contract.
         let block = unsafe { self.operands.open(part, self.blocks, isa) };
         isa.run(VariedUpdate { block, scalars, rows, limits });
-        // SAFETY: the same part and blocks.
-        unsafe { self.operands.close(part, self.blocks, active, isa) };
+        if !self.operands.in_place() {
+            let active = self.rows.and_then(|rows| rows.rows().activity(part, active, isa));
+            // SAFETY: the same part and blocks.
+            unsafe { self.operands.close(part, self.blocks, active, isa) };
+        }
         if let (Some(bounding), Some(limits)) = (&self.bounding, limits) {
             // SAFETY: the caller's contract.
             unsafe {

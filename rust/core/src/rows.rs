@@ -12,11 +12,22 @@ use crate::cohorts::{Codes, SKIPPED};
 use crate::element::Compute;
 use crate::isa::Kernel;
 use crate::parallel::CHUNK;
-use crate::varied::FEW;
+use crate::row_strip::RowReader;
+use crate::row_walk::{self, RowWalk};
 use crate::{Adam, AdamScalars, Cohorts, Isa};
 
 /// Rows of so many elements are worth a call of the ordinary loop each.
 const LONG_ROW: usize = 512;
+
+/// Elements that are found to be alike, or not, at once: fewer are not worth a call of the ordinary
+/// loop.
+const STEP: usize = 4 * BLOCK;
+
+/// A table is so long at least, and else a power of two.
+const SHORTEST_TABLE: usize = 16;
+
+/// A block, and what may be written beyond it.
+pub(crate) const ROOM: usize = BLOCK + row_walk::CHUNK;
 
 /// The rows of one update: where they lie in the walk over its elements, and their scalars.
 ///
@@ -34,9 +45,30 @@ pub struct RowSteps {
     rows: Rows,
     /// What the corrections were computed for.
     corrected: Option<(Adam, f64)>,
-    /// `change` and `eps` of each code; those of code 0 are never used.
-    single: Vec<[f32; 2]>,
-    double: Vec<[f64; 2]>,
+    single: Tables<f32>,
+    double: Tables<f64>,
+}
+
+/// `change` and `eps` of each code in one compute type; those of code 0 are never used.
+#[derive(Clone, Debug, Default)]
+struct Tables<C> {
+    change: Vec<C>,
+    eps: Vec<C>,
+}
+
+impl<C: Compute> Tables<C> {
+    fn fill(&mut self, scalars: &[AdamScalars]) {
+        let len = (scalars.len() + 1).next_power_of_two().max(SHORTEST_TABLE);
+        for (table, of) in [
+            (&mut self.change, (|scalars| scalars.change) as fn(&AdamScalars) -> f64),
+            (&mut self.eps, |scalars| scalars.eps),
+        ] {
+            table.clear();
+            table.push(C::default());
+            table.extend(scalars.iter().map(|scalars| C::narrow(of(scalars))));
+            table.resize(len, C::default());
+        }
+    }
 }
 
 impl RowSteps {
@@ -46,7 +78,8 @@ impl RowSteps {
     #[must_use]
     pub fn new(inner: usize, cohorts: Arc<Cohorts>, adam: &Adam, step: f64) -> Self {
         let rows = Rows { inner, cohorts };
-        let mut steps = Self { rows, corrected: None, single: Vec::new(), double: Vec::new() };
+        let (single, double) = (Tables::default(), Tables::default());
+        let mut steps = Self { rows, corrected: None, single, double };
         steps.correct(adam, step);
         steps
     }
@@ -56,14 +89,11 @@ impl RowSteps {
         if self.corrected.replace((*adam, step)) == Some((*adam, step)) {
             return;
         }
-        let corrections = self.rows.cohorts.offsets().iter().map(|&offset| {
-            let AdamScalars { change, eps, .. } = adam.scalars(step - offset as f64, 1.0);
-            [change, eps]
-        });
-        self.double.clear();
-        self.double.extend([[0.0; 2]].into_iter().chain(corrections));
-        self.single.clear();
-        self.single.extend(self.double.iter().map(|pair| pair.map(|x| x as f32)));
+        let offsets = self.rows.cohorts.offsets().iter();
+        let scalars: Vec<AdamScalars> =
+            offsets.map(|&offset| adam.scalars(step - offset as f64, 1.0)).collect();
+        self.single.fill(&scalars);
+        self.double.fill(&scalars);
     }
 
     /// The rows without their scalars.
@@ -72,63 +102,24 @@ impl RowSteps {
         &self.rows
     }
 
-    pub(crate) fn corrections<C: Compute>(&self) -> &[[C; 2]] {
-        C::either(&self.single, &self.double)
+    /// `change` and `eps` of each code.
+    fn tables<C: Compute>(&self) -> [&[C]; 2] {
+        let (single, double) = (&self.single, &self.double);
+        [C::either(&single.change, &double.change), C::either(&single.eps, &double.eps)]
     }
 
-    /// The corrections of all ages, where they are few: `spell` then says which of them each element
-    /// takes.
-    pub(crate) fn few<C: Compute>(&self) -> Option<[[C; 2]; FEW]> {
-        let all = self.corrections::<C>();
-        let ages = 1..=FEW;
-        let few = ages.contains(&self.rows.cohorts.offsets().len());
-        few.then(|| std::array::from_fn(|place| all[(place + 1).min(all.len() - 1)]))
+    pub(crate) fn correction<C: Compute>(&self, code: usize) -> [C; 2] {
+        self.tables().map(|table| table[code])
     }
 
-    /// Writes out the corrections that each element of `span` takes.
-    pub(crate) fn expand<C: Compute>(&self, span: Range<usize>, target: &mut [[C; 2]], isa: Isa) {
-        let corrections = self.corrections::<C>();
-        isa.run(Expand { rows: &self.rows, start: span.start, corrections, target });
-    }
-}
-
-struct Spell<'a> {
-    rows: &'a Rows,
-    start: usize,
-    codes: &'a mut [u8],
-}
-
-impl Kernel for Spell<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        if let Codes::Few(codes) = self.rows.cohorts.codes() {
-            self.rows.each(codes, self.start, self.codes, |code| *code);
-        }
-    }
-}
-
-struct Expand<'a, C> {
-    rows: &'a Rows,
-    start: usize,
-    corrections: &'a [[C; 2]],
-    target: &'a mut [[C; 2]],
-}
-
-impl<C: Compute> Kernel for Expand<'_, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let Self { rows, start, corrections, target } = self;
-        match rows.cohorts.codes() {
-            Codes::Few(codes) => {
-                rows.each(codes, start, target, |code| corrections[usize::from(*code)]);
-            }
-            Codes::Many(codes) => {
-                rows.each(codes, start, target, |code| corrections[*code as usize]);
-            }
+    /// What each element takes from its row, from the walk's element `start` on.
+    pub(crate) fn read<C: Compute>(&self, start: usize) -> RowReader<'_, C> {
+        let (rows, cohorts) = (&self.rows, &self.rows.cohorts);
+        RowReader {
+            walk: rows.walk(start),
+            codes: cohorts.codes(),
+            tables: self.tables(),
+            skips: cohorts.skips_rows(),
         }
     }
 }
@@ -148,7 +139,7 @@ pub(crate) enum Stretch {
     Skipped,
     /// All take the scalars of this code.
     Alike(usize),
-    /// Some of this, some of that; at most a block.
+    /// Some of this, some of that.
     Mixed,
 }
 
@@ -157,7 +148,7 @@ impl Rows {
     pub(crate) fn stretch(&self, span: Range<usize>) -> (Stretch, usize) {
         let mut end = self.block_end(&span);
         let code = self.code_of(span.start..end);
-        while end < span.end && end - span.start < CHUNK && code.is_some() {
+        while end < span.end && end - span.start < CHUNK {
             let next = self.block_end(&(end..span.end));
             if self.code_of(end..next) != code {
                 break;
@@ -172,9 +163,9 @@ impl Rows {
         (stretch, end)
     }
 
-    /// A block, or as much of a long row as is left: such a row is never mixed.
+    /// So many elements, or as much of a long row as is left: such a row is never mixed.
     fn block_end(&self, span: &Range<usize>) -> usize {
-        let block = span.end.min(span.start + BLOCK);
+        let block = span.end.min(span.start + STEP);
         if self.inner < LONG_ROW {
             return block;
         }
@@ -199,81 +190,42 @@ impl Rows {
     /// Which elements of `span` are active, written to `room`; `None`: all of them are.
     pub(crate) fn activity<'b>(
         &self,
-        span: Range<usize>,
-        room: &'b mut [bool],
+        span: &Range<usize>,
+        room: &'b mut [bool; ROOM],
         isa: Isa,
     ) -> Option<&'b [bool]> {
         if !self.cohorts.skips_rows() {
             return None;
         }
-        let active = &mut room[..span.len()];
-        let all = isa.run(Activity { rows: self, start: span.start, active });
-        (!all).then_some(active)
+        let codes = self.cohorts.codes();
+        let kernel = Activity { walk: self.walk(span.start), codes, len: span.len(), active: room };
+        let active = isa.run(kernel);
+        (!active.iter().all(|active| *active)).then_some(active)
     }
 
-    /// Writes out the code of each element of `span`, where codes are few.
-    pub(crate) fn spell(&self, span: Range<usize>, codes: &mut [u8], isa: Isa) {
-        isa.run(Spell { rows: self, start: span.start, codes });
-    }
-
-    /// Writes what `of` says of each row's code to all elements of the row, from element `start` of
-    /// the walk on.
-    #[inline(always)]
-    fn each<T, X: Copy>(&self, codes: &[T], start: usize, target: &mut [X], of: impl Fn(&T) -> X) {
-        let (mut row, mut within) = (start / self.inner % codes.len(), start % self.inner);
-        let mut rest = target;
-        while !rest.is_empty() {
-            let (rows, each) = if within == 0 && rest.len() >= self.inner {
-                ((rest.len() / self.inner).min(codes.len() - row), self.inner)
-            } else {
-                (1, (self.inner - within).min(rest.len()))
-            };
-            let (now, later) = rest.split_at_mut(rows * each);
-            repeat(&codes[row..row + rows], each, now, &of);
-            row = if row + rows == codes.len() { 0 } else { row + rows };
-            (rest, within) = (later, 0);
-        }
+    fn walk(&self, start: usize) -> RowWalk {
+        RowWalk::new(self.inner, self.cohorts.rows(), start)
     }
 }
 
-/// Says which elements are active, and returns whether all of them are.
-struct Activity<'a> {
-    rows: &'a Rows,
-    start: usize,
-    active: &'a mut [bool],
+/// Says of elements whether their rows take part.
+struct Activity<'a, 'b> {
+    walk: RowWalk,
+    codes: &'a Codes,
+    len: usize,
+    active: &'b mut [bool],
 }
 
-impl Kernel for Activity<'_> {
-    type Output = bool;
+impl<'b> Kernel for Activity<'_, 'b> {
+    type Output = &'b [bool];
 
     #[inline(always)]
-    fn run(self) -> bool {
-        let Self { rows, start, active } = self;
-        match rows.cohorts.codes() {
-            Codes::Few(codes) => rows.each(codes, start, active, |code| *code != SKIPPED as u8),
-            Codes::Many(codes) => rows.each(codes, start, active, |code| *code != SKIPPED),
-        }
-        active.iter().fold(true, |all, active| all & active)
+    fn run(self) -> &'b [bool] {
+        let Self { mut walk, codes, len, active } = self;
+        let first = match codes {
+            Codes::Few(codes) => walk.write(codes, len, active, |code| code != SKIPPED as u8),
+            Codes::Many(codes) => walk.write(codes, len, active, |code| code != SKIPPED),
+        };
+        &active[first..first + len]
     }
-}
-
-/// Writes `of` each code so many times. Where that is few times, the compiler knows how many.
-#[inline(always)]
-fn repeat<T, X: Copy>(codes: &[T], times: usize, target: &mut [X], of: impl Fn(&T) -> X) {
-    match times {
-        1 => codes.iter().zip(target).for_each(|(code, x)| *x = of(code)),
-        2 => repeat_few::<_, _, 2>(codes, target, of),
-        3 => repeat_few::<_, _, 3>(codes, target, of),
-        4 => repeat_few::<_, _, 4>(codes, target, of),
-        _ => {
-            let rows = target.chunks_exact_mut(times);
-            codes.iter().zip(rows).for_each(|(code, row)| row.fill(of(code)));
-        }
-    }
-}
-
-#[inline(always)]
-fn repeat_few<T, X: Copy, const N: usize>(codes: &[T], target: &mut [X], of: impl Fn(&T) -> X) {
-    let (rows, _) = target.as_chunks_mut::<N>();
-    codes.iter().zip(rows).for_each(|(code, row)| *row = [of(code); N]);
 }

@@ -7,7 +7,7 @@ use crate::codec::{self, BLOCK, Written};
 use crate::element::Compute;
 use crate::isa::Isa;
 use crate::layout::Steps;
-use crate::prefetch::{LINES, prefetch_start};
+use crate::rows::ROOM;
 use crate::{DType, Operand};
 
 /// An operand, how its elements follow each other, and whether a loop in the compute type may work
@@ -32,15 +32,6 @@ impl<'a> Side<'a> {
     pub(crate) fn blockwise(operand: Operand, scales: Operand) -> Self {
         debug_assert!(operand.dtype.is_blockwise() && scales.dtype == DType::E8M0);
         Self { operand, steps: Steps::Dense, scales: Some(scales), in_place: false }
-    }
-
-    /// Asks for the first lines of some elements that lie one after another.
-    pub(crate) fn prefetch(&self, part: &Range<usize>) {
-        if matches!(self.steps, Steps::Dense) {
-            let size = self.operand.dtype.size_of();
-            let start = self.operand.ptr.wrapping_add(part.start * size);
-            prefetch_start(start, part.len() * size, LINES);
-        }
     }
 
     pub(crate) fn dtype(&self) -> DType {
@@ -216,10 +207,7 @@ impl<C: Compute> Default for Blocks<C> {
 
 /// One block for each thing that may differ from element to element.
 pub(crate) struct Varied<C> {
-    pub codes: [u8; BLOCK],
-    /// `change` and `eps`.
-    pub corrections: [[C; 2]; BLOCK],
-    pub active: [bool; BLOCK],
+    pub active: [bool; ROOM],
     pub min: [C; BLOCK],
     pub max: [C; BLOCK],
 }
@@ -227,13 +215,7 @@ pub(crate) struct Varied<C> {
 impl<C: Compute> Default for Varied<C> {
     fn default() -> Self {
         let zeros = || [C::default(); BLOCK];
-        Self {
-            codes: [0; BLOCK],
-            corrections: [[C::default(); 2]; BLOCK],
-            active: [true; BLOCK],
-            min: zeros(),
-            max: zeros(),
-        }
+        Self { active: [true; ROOM], min: zeros(), max: zeros() }
     }
 }
 

@@ -270,6 +270,33 @@ pub(crate) struct Block<'a, C> {
     pub max_exp_avg_sq: Option<&'a mut [C]>,
 }
 
+impl<'a, C: Compute> Block<'a, C> {
+    /// The same, if it is in fp32.
+    #[inline(always)]
+    pub(crate) fn singles(self) -> Option<Block<'a, f32>> {
+        Some(Block {
+            value: C::singles_mut(self.value)?,
+            grad: C::singles(self.grad)?,
+            exp_avg: C::singles_mut(self.exp_avg)?,
+            exp_avg_sq: C::singles_mut(self.exp_avg_sq)?,
+            max_exp_avg_sq: self.max_exp_avg_sq.and_then(C::singles_mut),
+        })
+    }
+
+    /// The first `len` elements, and the others.
+    #[inline(always)]
+    pub(crate) fn split_at(self, len: usize) -> (Self, Self) {
+        let (value, values) = self.value.split_at_mut(len);
+        let (grad, grads) = self.grad.split_at(len);
+        let (exp_avg, exp_avgs) = self.exp_avg.split_at_mut(len);
+        let (exp_avg_sq, exp_avg_sqs) = self.exp_avg_sq.split_at_mut(len);
+        let (max, maxima) = self.max_exp_avg_sq.map(|max| max.split_at_mut(len)).unzip();
+        let first = Self { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq: max };
+        let (value, grad, exp_avg, exp_avg_sq) = (values, grads, exp_avgs, exp_avg_sqs);
+        (first, Self { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq: maxima })
+    }
+}
+
 /// The update of one block.
 pub(crate) struct Update<'a, C> {
     pub block: Block<'a, C>,

@@ -1,26 +1,21 @@
 //! The update where scalars differ from element to element: rows of several ages, bounds of their
 //! own. The equations are those of `update`; what differs is read beside the elements.
 
+use std::any::Any;
+use std::ops::Range;
+
 use crate::bounds::Interval;
 use crate::element::Compute;
 use crate::isa::Kernel;
+#[cfg(target_arch = "x86_64")]
+use crate::mixed_rows::MixedRows;
+#[cfg(target_arch = "x86_64")]
+use crate::row_lanes::{Avx2, Avx512, Lanes};
+use crate::row_strip::{Corrections, RowReader, STRIP, Strip};
 use crate::update::{Block, Scalars, maximum};
 
-/// More ages than so many are looked up, fewer are told apart by comparison, in vector code.
-pub(crate) const FEW: usize = 4;
-
-/// The bias corrections of each element (`change` and `eps`), and whether it takes part; as long as
-/// the block.
-#[derive(Clone, Copy)]
-pub(crate) enum Corrections<'a, C> {
-    /// Element `i` takes number `codes[i] - 1`; 0 takes no part.
-    Few { codes: &'a [u8], table: [[C; 2]; FEW] },
-    /// Each has its own.
-    Each { corrections: &'a [[C; 2]], active: &'a [bool] },
-}
-
 /// The bounds of each element, NaN where there is none; as long as the block.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Limits<'a, C> {
     pub min: &'a [C],
     pub max: &'a [C],
@@ -28,11 +23,18 @@ pub(crate) struct Limits<'a, C> {
     pub zero: bool,
 }
 
+impl<C> Limits<'_, C> {
+    #[inline(always)]
+    fn part(self, part: Range<usize>) -> Self {
+        Self { min: &self.min[part.clone()], max: &self.max[part], zero: self.zero }
+    }
+}
+
 /// The update of one block. Without `limits` the bounds are those of the scalars.
 pub(crate) struct VariedUpdate<'a, C> {
     pub block: Block<'a, C>,
     pub scalars: &'a Scalars<C>,
-    pub rows: Option<Corrections<'a, C>>,
+    pub rows: Option<RowReader<'a, C>>,
     pub limits: Option<Limits<'a, C>>,
 }
 
@@ -41,78 +43,104 @@ impl<C: Compute> Kernel for VariedUpdate<'_, C> {
 
     #[inline(always)]
     fn run(self) {
-        match (self.rows, self.limits.is_some()) {
-            (None, _) => self.run_with::<NONE, true>(),
-            (Some(Corrections::Few { .. }), true) => self.run_with::<FEW_AGES, true>(),
-            (Some(Corrections::Few { .. }), false) => self.run_with::<FEW_AGES, false>(),
-            (Some(Corrections::Each { .. }), true) => self.run_with::<ANY_AGES, true>(),
-            (Some(Corrections::Each { .. }), false) => self.run_with::<ANY_AGES, false>(),
-        }
-    }
-}
-
-/// What a loop is compiled for: elements of one age, of few, of any.
-const NONE: u8 = 0;
-const FEW_AGES: u8 = 1;
-const ANY_AGES: u8 = 2;
-
-impl<C: Compute> VariedUpdate<'_, C> {
-    #[inline(always)]
-    fn run_with<const ROWS: u8, const LIMITS: bool>(self) {
-        let Block { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq } = self.block;
-        let none = [[C::default(); 2]; FEW];
-        let (codes, table, corrections, active): (&[u8], _, &[[C; 2]], &[bool]) = match self.rows {
-            None => (&[], none, &[], &[]),
-            Some(Corrections::Few { codes, table }) => (codes, table, &[], &[]),
-            Some(Corrections::Each { corrections, active }) => (&[], none, corrections, active),
+        let Self { block, scalars, rows, limits } = self;
+        let Some(mut rows) = rows else {
+            return update::<C, ALIKE>(block, scalars, Corrections::default(), limits);
         };
-        let none = Limits { min: &[], max: &[], zero: false };
-        let Limits { min, max, zero } = self.limits.unwrap_or(none);
-        let scalars = (*self.scalars, zero, table);
-        match max_exp_avg_sq {
-            None => {
-                let greatest = &mut [];
-                vary::<C, ROWS, LIMITS, false>(
-                    value,
-                    grad,
-                    exp_avg,
-                    exp_avg_sq,
-                    greatest,
-                    codes,
-                    corrections,
-                    active,
-                    min,
-                    max,
-                    scalars,
-                );
+        let mut strip = Strip::default();
+        let mut rest = block;
+        let mut at = 0;
+        while !rest.value.is_empty() {
+            let len = rest.value.len().min(STRIP);
+            let (now, later) = rest.split_at(len);
+            let limits = limits.map(|limits| limits.part(at..at + len));
+            let corrections = rows.read(len, &mut strip);
+            if corrections.active.is_empty() {
+                update::<C, AGES>(now, scalars, corrections, limits);
+            } else {
+                update::<C, SKIPS>(now, scalars, corrections, limits);
             }
-            Some(greatest) => vary::<C, ROWS, LIMITS, true>(
-                value,
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                greatest,
-                codes,
-                corrections,
-                active,
-                min,
-                max,
-                scalars,
-            ),
+            (rest, at) = (later, at + len);
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn run_avx2(self) {
+        // SAFETY: the caller's contract.
+        self.run_with(unsafe { Avx2::new() });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn run_avx512(self) {
+        // SAFETY: the caller's contract.
+        self.run_with(unsafe { Avx512::new() });
     }
 }
 
-/// One of a few, by comparison: code 1 is the first.
-#[inline(always)]
-fn of_few<C: Compute>(table: [[C; 2]; FEW], code: u8) -> [C; 2] {
-    let [first, rest @ ..] = table;
-    let mut found = first;
-    for (place, correction) in rest.into_iter().enumerate() {
-        let is_it = code == place as u8 + 2;
-        found = [0, 1].map(|part| if is_it { correction[part] } else { found[part] });
+#[cfg(target_arch = "x86_64")]
+impl<C: Compute> VariedUpdate<'_, C> {
+    /// Where all is in fp32 and nothing but rows differ, there is a faster loop.
+    #[inline(always)]
+    fn run_with(self, lanes: impl Lanes) {
+        let only_rows = self.limits.is_none() && self.block.max_exp_avg_sq.is_none();
+        let scalars = (self.scalars as &dyn Any).downcast_ref();
+        let (Some(scalars), Some(rows), true) = (scalars, self.rows, only_rows) else {
+            return self.run();
+        };
+        let (Some(block), Some(rows)) = (self.block.singles(), rows.singles()) else {
+            unreachable!("scalars in fp32 are of an update in fp32")
+        };
+        MixedRows { block, scalars, rows }.run(lanes);
     }
-    found
+}
+
+/// What a loop is compiled for: elements of one age; of several; of several, of which some are left
+/// as they are.
+const ALIKE: u8 = 0;
+const AGES: u8 = 1;
+const SKIPS: u8 = 2;
+
+#[inline(always)]
+fn update<C: Compute, const ROWS: u8>(
+    block: Block<'_, C>,
+    scalars: &Scalars<C>,
+    corrections: Corrections<'_, C>,
+    limits: Option<Limits<'_, C>>,
+) {
+    match (limits, block.max_exp_avg_sq.is_some()) {
+        (None, false) => vary_block::<C, ROWS, false, false>(block, scalars, corrections, limits),
+        (None, true) => vary_block::<C, ROWS, false, true>(block, scalars, corrections, limits),
+        (Some(_), false) => vary_block::<C, ROWS, true, false>(block, scalars, corrections, limits),
+        (Some(_), true) => vary_block::<C, ROWS, true, true>(block, scalars, corrections, limits),
+    }
+}
+
+#[inline(always)]
+fn vary_block<C: Compute, const ROWS: u8, const LIMITS: bool, const MAX: bool>(
+    block: Block<'_, C>,
+    scalars: &Scalars<C>,
+    corrections: Corrections<'_, C>,
+    limits: Option<Limits<'_, C>>,
+) {
+    let Block { value, grad, exp_avg, exp_avg_sq, max_exp_avg_sq } = block;
+    let Corrections { change, eps, active } = corrections;
+    let Limits { min, max, zero } = limits.unwrap_or_default();
+    let greatest = max_exp_avg_sq.unwrap_or_default();
+    vary::<C, ROWS, LIMITS, MAX>(
+        value,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        greatest,
+        change,
+        eps,
+        active,
+        min,
+        max,
+        (*scalars, zero),
+    );
 }
 
 #[inline(always)]
@@ -123,21 +151,20 @@ fn vary<C: Compute, const ROWS: u8, const LIMITS: bool, const MAX: bool>(
     exp_avg: &mut [C],
     exp_avg_sq: &mut [C],
     max_exp_avg_sq: &mut [C],
-    codes: &[u8],
-    corrections: &[[C; 2]],
-    active: &[bool],
+    change: &[C],
+    eps: &[C],
+    active: &[u8],
     min: &[C],
     max: &[C],
-    (scalars, zero, table): (Scalars<C>, bool, [[C; 2]; FEW]),
+    (scalars, zero): (Scalars<C>, bool),
 ) {
     // All of one length, which the compiler then need not ask about element by element.
     let len = value.len();
     let used = |used: bool| if used { len } else { 0 };
     let (grad, exp_avg, exp_avg_sq) = (&grad[..len], &mut exp_avg[..len], &mut exp_avg_sq[..len]);
     let max_exp_avg_sq = &mut max_exp_avg_sq[..used(MAX)];
-    let codes = &codes[..used(ROWS == FEW_AGES)];
-    let corrections = &corrections[..used(ROWS == ANY_AGES)];
-    let active = &active[..used(ROWS == ANY_AGES)];
+    let (change, eps) = (&change[..used(ROWS != ALIKE)], &eps[..used(ROWS != ALIKE)]);
+    let active = &active[..used(ROWS == SKIPS)];
     let (min, max) = (&min[..used(LIMITS)], &max[..used(LIMITS)]);
     let l2 = scalars.has_l2_decay();
     for i in 0..len {
@@ -148,11 +175,8 @@ fn vary<C: Compute, const ROWS: u8, const LIMITS: bool, const MAX: bool>(
             scalars.moments::<false>(p, grad[i], m, v)
         };
         let second = if MAX { maximum(max_exp_avg_sq[i], new_v) } else { new_v };
-        let (correction, acts) = match ROWS {
-            FEW_AGES => (of_few(table, codes[i]), codes[i] != 0),
-            ANY_AGES => (corrections[i], active[i]),
-            _ => (scalars.correction(), true),
-        };
+        let correction = if ROWS == ALIKE { scalars.correction() } else { [change[i], eps[i]] };
+        let acts = ROWS != SKIPS || active[i] != 0;
         let moved = scalars.moved(p, new_m, second, correction);
         let new_p = if LIMITS {
             let held = (moved < min[i]) | (moved > max[i]);
