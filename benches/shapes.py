@@ -36,7 +36,7 @@ def gpt2() -> list[Shape]:
 
 
 def rows_of(row: int) -> Shape:
-    """One parameter of 33,554,432 elements, in rows of so many."""
+    """One parameter of about 33.6 million elements, in rows of so many."""
     elements = 33_554_432 // SMALLER**2
     return (elements,) if row == 1 else (elements // row, row)
 

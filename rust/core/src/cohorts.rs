@@ -39,8 +39,8 @@ pub struct Cohorts {
     pages: Vec<Option<u32>>,
 }
 
-/// A code for each row, in as few bytes as will do. After the last follow the first
-/// again, a chunk of them.
+/// A code for each row, in as few bytes as will do. After the last come the first again, and again,
+/// until there are a chunk more.
 #[derive(Clone, Debug)]
 pub(crate) enum Codes {
     Few(Vec<u8>),
@@ -56,14 +56,15 @@ impl Cohorts {
     pub fn new(offsets: &[i64], skipped: impl Fn(usize) -> bool) -> Self {
         let mut finder = Finder::new(offsets);
         let code = |(row, &offset)| if skipped(row) { SKIPPED } else { finder.code(offset) };
-        let codes: Vec<u32> = offsets.iter().enumerate().map(code).collect();
+        let mut codes: Vec<u32> = offsets.iter().enumerate().map(code).collect();
         let page = |rows: &[u32]| rows.iter().all(|code| *code == rows[0]).then_some(rows[0]);
         let pages = codes.chunks(PAGE).map(page).collect();
         let (rows, offsets, skips) = (codes.len(), finder.offsets, codes.contains(&SKIPPED));
-        let again = codes.iter().cycle().take(rows + CHUNK).copied();
+        let again: Vec<u32> = codes.iter().cycle().take(CHUNK).copied().collect();
+        codes.extend(again);
         let codes = match u8::try_from(offsets.len()) {
-            Ok(_) => Codes::Few(again.map(|code| code as u8).collect()),
-            Err(_) => Codes::Many(again.collect()),
+            Ok(_) => Codes::Few(codes.into_iter().map(|code| code as u8).collect()),
+            Err(_) => Codes::Many(codes),
         };
         Self { codes, rows, offsets, skips, pages }
     }

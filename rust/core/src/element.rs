@@ -265,8 +265,10 @@ pub(crate) trait Compute:
     /// That of the two which is in this type.
     fn either<'a>(single: &'a [f32], double: &'a [f64]) -> &'a [Self];
     /// The numbers, if they are of 32 bits.
+    #[cfg(target_arch = "x86_64")]
     fn singles(numbers: &[Self]) -> Option<&[f32]>;
     /// The numbers, if they are of 32 bits.
+    #[cfg(target_arch = "x86_64")]
     fn singles_mut(numbers: &mut [Self]) -> Option<&mut [f32]>;
 }
 
@@ -307,10 +309,12 @@ impl Compute for f32 {
     fn either<'a>(single: &'a [f32], _: &'a [f64]) -> &'a [Self] {
         single
     }
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn singles(numbers: &[Self]) -> Option<&[f32]> {
         Some(numbers)
     }
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn singles_mut(numbers: &mut [Self]) -> Option<&mut [f32]> {
         Some(numbers)
@@ -358,10 +362,12 @@ impl Compute for f64 {
     fn either<'a>(_: &'a [f32], double: &'a [f64]) -> &'a [Self] {
         double
     }
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn singles(_: &[Self]) -> Option<&[f32]> {
         None
     }
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn singles_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None

@@ -103,6 +103,8 @@ mod prepared;
 mod project;
 mod random;
 mod row_change;
+#[cfg(target_arch = "x86_64")]
+mod row_chunks;
 mod row_edit;
 #[cfg(target_arch = "x86_64")]
 mod row_lanes;

@@ -5,12 +5,13 @@
 
 use crate::cohorts::Codes;
 use crate::prefetch::prefetch_ahead;
+use crate::row_chunks::LongWalk;
 use crate::row_lanes::{Lanes, LongRows, ShortRows, Source, Taken};
 use crate::row_strip::RowReader;
 use crate::row_walk::CHUNK;
 use crate::update::{Block, Scalars};
 
-/// The update of one block whose rows are mixed, without AMSGrad.
+/// The update of one block whose rows are mixed, without AMSGrad and bounds of each element.
 pub(crate) struct MixedRows<'a> {
     pub block: Block<'a, f32>,
     pub scalars: &'a Scalars<f32>,
@@ -21,13 +22,13 @@ impl MixedRows<'_> {
     #[inline(always)]
     pub(crate) fn run<L: Lanes>(self, lanes: L) {
         let RowReader { walk, codes, tables, .. } = self.rows;
-        let parts = tables[0].len() / 16;
+        let (is_long, parts) = (walk.inner >= CHUNK, tables[0].len() / 16);
         match codes {
-            Codes::Few(codes) if walk.is_long() => {
-                self.run_from(LongRows { walk, codes, tables, lanes });
+            Codes::Few(codes) if is_long => {
+                self.run_from(LongRows { walk: LongWalk::new(walk), codes, tables, lanes });
             }
-            Codes::Many(codes) if walk.is_long() => {
-                self.run_from(LongRows { walk, codes, tables, lanes });
+            Codes::Many(codes) if is_long => {
+                self.run_from(LongRows { walk: LongWalk::new(walk), codes, tables, lanes });
             }
             Codes::Few(codes) if parts == 1 => {
                 self.run_from(ShortRows::<_, L, 1>::new(walk, codes, tables, lanes));
@@ -87,6 +88,7 @@ impl MixedRows<'_> {
     }
 }
 
+#[inline(always)]
 fn padded(numbers: &[f32]) -> [f32; CHUNK] {
     let mut padded = [0.0; CHUNK];
     padded[..numbers.len()].copy_from_slice(numbers);

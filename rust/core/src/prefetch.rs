@@ -37,8 +37,8 @@ pub(crate) fn prefetch_start(ptr: *const u8, bytes: usize, lines: usize) {
     }
 }
 
-/// How many elements ahead a loop that converts asks for memory. The hardware foresees a stream within a page; such a
-/// loop crosses several pages at once, and waits at each border without this.
+/// How many elements ahead a loop that does much to each asks for memory. The hardware foresees a stream within a page;
+/// such a loop crosses several pages at once, and waits at each border without this.
 const AHEAD: usize = 512;
 
 /// Asks for as much memory as a part of a tensor takes, so far beyond it that it is there when its turn comes.

@@ -14,6 +14,7 @@ use std::mem::transmute;
 
 use crate::cohorts::SKIPPED;
 use crate::prefetch::prefetch;
+use crate::row_chunks::{LongWalk, ShortWalk};
 use crate::row_walk::{CHUNK, RowWalk};
 
 type Numbers = [f32; CHUNK];
@@ -34,9 +35,11 @@ pub(crate) trait Source {
     fn next(&mut self) -> Taken;
 }
 
-/// Instructions that sources are made of. Holding a value is the proof that the processor has them,
-/// and SSSE3, which all of them include.
-pub(crate) trait Lanes: Copy {
+/// Instructions that sources are made of. Holding a value is the proof that the processor has them.
+///
+/// # Safety
+/// A value exists only where the processor has SSSE3, too.
+pub(crate) unsafe trait Lanes: Copy {
     /// Sixteen codes of 32 bits.
     type Codes: Copy;
 
@@ -51,13 +54,17 @@ pub(crate) trait Lanes: Copy {
     /// The numbers of the codes.
     fn pick<const PARTS: usize>(self, table: &[Numbers; PARTS], codes: Self::Codes) -> Numbers;
 
-    /// The same, one load each, of a table whose length is a power of two.
-    fn gather(self, table: &[f32], codes: Self::Codes) -> Numbers;
+    /// The same, one load each. The table's length is a power of two, from 1 to 2^31.
+    ///
+    /// # Safety
+    /// It is that long.
+    unsafe fn gather(self, table: &[f32], codes: Self::Codes) -> Numbers;
 
     /// `now` for the first `left` of sixteen, then `then`.
     fn split(self, now: f32, then: f32, left: usize) -> Numbers;
 
-    /// All bits where the code is 0.
+    /// All bits where the code is 0, by arithmetic: of a comparison the compiler would make loads
+    /// that depend on it, which come late.
     fn zeros(self, codes: Self::Codes) -> [u32; CHUNK];
 }
 
@@ -89,7 +96,7 @@ impl RowCode for u32 {
 /// Rows of fewer than sixteen elements; their tables are picked from in `PARTS` of sixteen numbers,
 /// or with 0 of them gathered.
 pub(crate) struct ShortRows<'a, T, L, const PARTS: usize> {
-    walk: RowWalk,
+    walk: ShortWalk,
     codes: &'a [T],
     tables: [&'a [f32]; 2],
     lanes: L,
@@ -97,13 +104,14 @@ pub(crate) struct ShortRows<'a, T, L, const PARTS: usize> {
 
 impl<'a, T, L, const PARTS: usize> ShortRows<'a, T, L, PARTS> {
     /// # Panics
-    /// If a table is shorter than its parts, or its length no power of two.
+    /// If rows are longer, a table is shorter than its parts, or its length no power of two up to 2^31.
     #[inline(always)]
     pub(crate) fn new(walk: RowWalk, codes: &'a [T], tables: [&'a [f32]; 2], lanes: L) -> Self {
         for table in tables {
-            assert!(table.len().is_power_of_two() && table.len() >= 16 * PARTS);
+            assert!(table.len().is_power_of_two() && table.len() <= 1 << 31);
+            assert!(table.len() >= 16 * PARTS);
         }
-        Self { walk, codes, tables, lanes }
+        Self { walk: ShortWalk::new(walk), codes, tables, lanes }
     }
 }
 
@@ -111,7 +119,7 @@ impl<T: RowCode, L: Lanes, const PARTS: usize> Source for ShortRows<'_, T, L, PA
     #[inline(always)]
     fn next(&mut self) -> Taken {
         let lanes = self.lanes;
-        let (row, places) = self.walk.next_chunk();
+        let (row, places) = self.walk.next();
         let codes: &[T; CHUNK] =
             self.codes[row..].first_chunk().expect("a chunk of codes follows the last row's");
         prefetch(codes.as_ptr().wrapping_add(CODES_AHEAD).addr());
@@ -126,13 +134,14 @@ impl<T: RowCode, L: Lanes, const PARTS: usize> Source for ShortRows<'_, T, L, PA
 fn look_up<L: Lanes, const PARTS: usize>(table: &[f32], codes: L::Codes, lanes: L) -> Numbers {
     match table.as_chunks().0.first_chunk() {
         Some(parts) if PARTS > 0 => lanes.pick::<PARTS>(parts, codes),
-        _ => lanes.gather(table, codes),
+        // SAFETY: `new` has looked at its length.
+        _ => unsafe { lanes.gather(table, codes) },
     }
 }
 
 /// Rows of sixteen elements and more.
 pub(crate) struct LongRows<'a, T, L> {
-    pub walk: RowWalk,
+    pub walk: LongWalk,
     pub codes: &'a [T],
     pub tables: [&'a [f32]; 2],
     pub lanes: L,
@@ -141,7 +150,7 @@ pub(crate) struct LongRows<'a, T, L> {
 impl<T: RowCode, L: Lanes> Source for LongRows<'_, T, L> {
     #[inline(always)]
     fn next(&mut self) -> Taken {
-        let (row, left) = self.walk.next_long();
+        let (row, left) = self.walk.next();
         let (now, then): (u32, u32) = (self.codes[row].into(), self.codes[row + 1].into());
         let ([change, eps], lanes) = (self.tables, self.lanes);
         let change = lanes.split(change[now as usize], change[then as usize], left);
@@ -169,10 +178,10 @@ impl Avx512 {
     }
 }
 
-// The helpers of the two below are no closures, which the compiler would not always make part of
-// the loop.
+// No closures below: the compiler would not always make one part of the loop.
 
-impl Lanes for Avx512 {
+// SAFETY: AVX-512 includes SSSE3.
+unsafe impl Lanes for Avx512 {
     type Codes = __m512i;
     const MOST_PARTS: usize = 8;
 
@@ -216,10 +225,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn gather(self, table: &[f32], codes: __m512i) -> Numbers {
-        // SAFETY: as above; masked so, a code is less than the length, which is a power of two.
+    unsafe fn gather(self, table: &[f32], codes: __m512i) -> Numbers {
+        // SAFETY: as above; masked so, a code is at most the length less one, which no `i32` is less
+        // than.
         unsafe {
-            let codes = _mm512_and_si512(codes, _mm512_set1_epi32(table.len() as i32 - 1));
+            let codes = _mm512_and_si512(codes, _mm512_set1_epi32((table.len() - 1) as i32));
             transmute::<__m512, Numbers>(_mm512_i32gather_ps::<4>(codes, table.as_ptr()))
         }
     }
@@ -238,8 +248,8 @@ impl Lanes for Avx512 {
     fn zeros(self, codes: __m512i) -> [u32; CHUNK] {
         // SAFETY: as above; a vector is sixteen numbers.
         unsafe {
-            let is_zero = _mm512_testn_epi32_mask(codes, codes);
-            transmute::<__m512i, [u32; CHUNK]>(_mm512_maskz_set1_epi32(is_zero, -1))
+            let signs = _mm512_sub_epi32(codes, _mm512_set1_epi32(1));
+            transmute::<__m512i, [u32; CHUNK]>(_mm512_srai_epi32::<31>(signs))
         }
     }
 }
@@ -256,7 +266,8 @@ impl Avx2 {
     }
 }
 
-impl Lanes for Avx2 {
+// SAFETY: AVX2 includes SSSE3.
+unsafe impl Lanes for Avx2 {
     type Codes = [__m256i; 2];
     const MOST_PARTS: usize = 2;
 
@@ -300,10 +311,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn gather(self, table: &[f32], [low, high]: [__m256i; 2]) -> Numbers {
-        // SAFETY: as above; masked so, a code is less than the length, which is a power of two.
+    unsafe fn gather(self, table: &[f32], [low, high]: [__m256i; 2]) -> Numbers {
+        // SAFETY: as above; masked so, a code is at most the length less one, which no `i32` is less
+        // than.
         unsafe {
-            let mask = _mm256_set1_epi32(table.len() as i32 - 1);
+            let mask = _mm256_set1_epi32((table.len() - 1) as i32);
             let low = _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_and_si256(low, mask));
             let high = _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_and_si256(high, mask));
             transmute::<[__m256; 2], Numbers>([low, high])
@@ -328,11 +340,75 @@ impl Lanes for Avx2 {
     fn zeros(self, [low, high]: [__m256i; 2]) -> [u32; CHUNK] {
         // SAFETY: as above; two vectors are sixteen numbers.
         unsafe {
-            let zero = _mm256_setzero_si256();
-            transmute::<[__m256i; 2], [u32; CHUNK]>([
-                _mm256_cmpeq_epi32(low, zero),
-                _mm256_cmpeq_epi32(high, zero),
-            ])
+            let one = _mm256_set1_epi32(1);
+            let low = _mm256_srai_epi32::<31>(_mm256_sub_epi32(low, one));
+            let high = _mm256_srai_epi32::<31>(_mm256_sub_epi32(high, one));
+            transmute::<[__m256i; 2], [u32; CHUNK]>([low, high])
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::row_walk::RowWalk;
+
+    /// Reads rows of all lengths with the codes and tables of so many ages, against what each
+    /// element's row says.
+    fn check<T: RowCode, L: Lanes, const PARTS: usize>(len: usize, lanes: L)
+    where
+        T: TryFrom<usize, Error: std::fmt::Debug>,
+    {
+        let table = |seed: usize| (0..len).map(|code| (code * 2 + seed) as f32).collect::<Vec<_>>();
+        let (change, eps) = (table(0), table(1));
+        let tables = [&*change, &*eps];
+        for (inner, rows) in (1..40).flat_map(|inner| [1, 5, 300].map(|rows| (inner, rows))) {
+            let code = |row: usize| row % rows * 37 % len;
+            let codes: Vec<T> =
+                (0..rows + CHUNK).map(|row| T::try_from(code(row)).unwrap()).collect();
+            for start in [0, 1, 7, inner * rows - 1] {
+                let walk = RowWalk::new(inner, rows, start);
+                let mut source: Box<dyn Source> = if inner < CHUNK {
+                    Box::new(ShortRows::<T, L, PARTS>::new(walk, &codes, tables, lanes))
+                } else {
+                    Box::new(LongRows { walk: LongWalk::new(walk), codes: &codes, tables, lanes })
+                };
+                for at in (start..start + 6 * CHUNK).step_by(CHUNK) {
+                    let codes: [usize; CHUNK] =
+                        std::array::from_fn(|lane| code((at + lane) / inner));
+                    let Taken { change: found, eps: found_eps, keeps } = source.next();
+                    assert_eq!(found, codes.map(|code| change[code]), "{PARTS} {inner} {at}");
+                    assert_eq!(found_eps, codes.map(|code| eps[code]), "{PARTS} {inner} {at}");
+                    let expected = codes.map(|code| if code == 0 { u32::MAX } else { 0 });
+                    assert_eq!(keeps, expected, "{PARTS} {inner} {at}");
+                }
+            }
+        }
+    }
+
+    fn check_all<L: Lanes>(lanes: L) {
+        check::<u8, L, 1>(16, lanes);
+        check::<u8, L, 2>(32, lanes);
+        check::<u8, L, 4>(64, lanes);
+        check::<u8, L, 8>(128, lanes);
+        check::<u8, L, 0>(256, lanes);
+        check::<u32, L, 0>(16, lanes);
+        check::<u32, L, 0>(512, lanes);
+    }
+
+    #[test]
+    fn sixteen_elements_take_what_their_rows_say() {
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: it was found.
+            check_all(unsafe { Avx2::new() });
+        }
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+        {
+            // SAFETY: as above.
+            check_all(unsafe { Avx512::new() });
         }
     }
 }

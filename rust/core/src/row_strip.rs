@@ -28,6 +28,7 @@ pub(crate) struct Strip<C> {
 }
 
 impl<C: Compute> Default for Strip<C> {
+    #[inline(always)]
     fn default() -> Self {
         let zeros = [C::default(); ROOM];
         Self { change: zeros, eps: zeros, active: [0; ROOM] }
@@ -47,6 +48,7 @@ pub(crate) struct RowReader<'a, C> {
 
 impl<'a, C: Compute> RowReader<'a, C> {
     /// The same, if it is in fp32.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(crate) fn singles(self) -> Option<RowReader<'a, f32>> {
         let Self { walk, codes, tables: [change, eps], skips } = self;

@@ -1,70 +1,28 @@
-//! What rows have, written out for each of their elements.
+//! A walk over rows, and what they have written out for each of their elements.
 //!
-//! Rows may be of any length and begin anywhere in a vector. Short ones are written as so many
-//! copies each; longer ones a whole chunk at a time, beyond their end, where the next row then
-//! writes over it.
+//! Rows may be of any length and begin anywhere in a vector. Those of up to four elements are written
+//! as so many copies each; longer ones a whole chunk at a time, beyond their end, where the next row
+//! then writes over it.
 
-/// Elements that are written at once: beyond those asked for, there has to be room for so many.
+/// Elements that are worked on at once: beyond those that are asked for, there has to be room for so
+/// many, and beyond the last row's as many codes.
 pub(crate) const CHUNK: usize = 16;
 
 /// Where a walk over rows is, in which each row has `inner` elements next to each other, and the
 /// first row follows the last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowWalk {
-    inner: usize,
-    rows: usize,
-    row: usize,
+    pub inner: usize,
+    pub rows: usize,
+    pub row: usize,
     /// Where in its row the next element lies.
-    within: usize,
-    /// Rows to an element, rounded up, in parts of 2^16: exact for the few elements of a chunk.
-    per_element: u32,
+    pub within: usize,
 }
 
 impl RowWalk {
     /// From the walk's element number `start` on.
     pub(crate) fn new(inner: usize, rows: usize, start: usize) -> Self {
-        let per_element = (1usize << 16).div_ceil(inner) as u32;
-        Self { inner, rows, row: start / inner % rows, within: start % inner, per_element }
-    }
-
-    /// Whether a chunk belongs to two rows at most.
-    #[inline(always)]
-    pub(crate) fn is_long(&self) -> bool {
-        self.inner >= CHUNK
-    }
-
-    /// The next chunk of short rows: the row of its first element, and how many rows after that each
-    /// element's lies.
-    #[inline(always)]
-    pub(crate) fn next_chunk(&mut self) -> (usize, &'static [u8; CHUNK]) {
-        let (row, places) = (self.row, &PLACES[self.inner][self.within]);
-        let end = self.within + CHUNK;
-        let rows = ((end as u32 * self.per_element) >> 16) as usize;
-        (self.row, self.within) = (row + rows, end - rows * self.inner);
-        if self.row >= self.rows {
-            self.wrap_around();
-        }
-        (row, places)
-    }
-
-    /// The next chunk of long rows: the row of its first element, and how many are left of that.
-    #[inline(always)]
-    pub(crate) fn next_long(&mut self) -> (usize, usize) {
-        let (row, left) = (self.row, self.inner - self.within);
-        if left > CHUNK {
-            self.within += CHUNK;
-            return (row, left);
-        }
-        (self.row, self.within) = (row + 1, CHUNK - left);
-        if self.row >= self.rows {
-            self.wrap_around();
-        }
-        (row, left)
-    }
-
-    #[cold]
-    fn wrap_around(&mut self) {
-        self.row %= self.rows;
+        Self { inner, rows, row: start / inner % rows, within: start % inner }
     }
 
     /// Writes what `of` says of each row to its elements among the next `len`, and returns where
@@ -161,15 +119,32 @@ pub(crate) fn write_chunks<X: Copy>(target: &mut [X], (at, len): (usize, usize),
     chunks.iter_mut().for_each(|chunk| *chunk = [x; CHUNK]);
 }
 
-/// By the length of the rows, and where in its row the first element of a chunk lies: how many rows
-/// after its row those of the chunk's elements lie.
-static PLACES: [[[u8; CHUNK]; CHUNK]; CHUNK] = {
-    let mut places = [[[0; CHUNK]; CHUNK]; CHUNK];
-    let mut at = CHUNK * CHUNK;
-    while at < CHUNK * CHUNK * CHUNK {
-        let (inner, within, lane) = (at / CHUNK / CHUNK, at / CHUNK % CHUNK, at % CHUNK);
-        places[inner][within][lane] = ((within + lane) / inner) as u8;
-        at += 1;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_gets_its_own_rows_number() {
+        for (inner, rows) in
+            (1..20).flat_map(|inner| [1, 2, 7, 15, 16, 40].map(|rows| (inner, rows)))
+        {
+            let numbers: Vec<usize> = (0..rows + CHUNK).map(|row| row % rows).collect();
+            for start in 0..inner * rows + inner {
+                let mut walk = RowWalk::new(inner, rows, start);
+                let mut at = start;
+                for len in [33, 1, 64] {
+                    let mut target = [usize::MAX; 64 + CHUNK];
+                    let first = walk.write(&numbers, len, &mut target, |number| number);
+                    for i in 0..len {
+                        assert_eq!(
+                            target[first + i],
+                            (at + i) / inner % rows,
+                            "{inner} {rows} {at}"
+                        );
+                    }
+                    at += len;
+                }
+            }
+        }
     }
-    places
-};
+}

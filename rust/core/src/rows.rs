@@ -1,8 +1,9 @@
 //! Rows with steps of their own in the walk of an update: where each lies, and the scalars that it takes.
 //!
 //! In a walk over the elements, row `r` is `inner` neighbours; after the last row comes the first
-//! again where there are dimensions before the rows'. Whole blocks of one cohort run in the
-//! ordinary loop; only mixed blocks have their corrections written out element by element.
+//! again where there are dimensions before the rows'. Stretches of one cohort run in the ordinary
+//! loop; mixed ones take their corrections from their rows, in registers (`mixed_rows`) or a strip at
+//! a time (`row_strip`).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,11 +20,10 @@ use crate::{Adam, AdamScalars, Cohorts, Isa};
 /// Rows of so many elements are worth a call of the ordinary loop each.
 const LONG_ROW: usize = 512;
 
-/// Elements that are found to be alike, or not, at once: fewer are not worth a call of the ordinary
-/// loop.
+/// Short rows are looked at so many elements at a time: one answer, and one call of a loop, for all.
 const STEP: usize = 4 * BLOCK;
 
-/// A table is so long at least, and else a power of two.
+/// The least length of a table; each is a power of two.
 const SHORTEST_TABLE: usize = 16;
 
 /// A block, and what may be written beyond it.
@@ -57,15 +57,12 @@ struct Tables<C> {
 }
 
 impl<C: Compute> Tables<C> {
-    fn fill(&mut self, scalars: &[AdamScalars]) {
-        let len = (scalars.len() + 1).next_power_of_two().max(SHORTEST_TABLE);
-        for (table, of) in [
-            (&mut self.change, (|scalars| scalars.change) as fn(&AdamScalars) -> f64),
-            (&mut self.eps, |scalars| scalars.eps),
-        ] {
+    fn fill(&mut self, corrections: &[[f64; 2]]) {
+        let len = (corrections.len() + 1).next_power_of_two().max(SHORTEST_TABLE);
+        for (part, table) in [&mut self.change, &mut self.eps].into_iter().enumerate() {
             table.clear();
             table.push(C::default());
-            table.extend(scalars.iter().map(|scalars| C::narrow(of(scalars))));
+            table.extend(corrections.iter().map(|correction| C::narrow(correction[part])));
             table.resize(len, C::default());
         }
     }
@@ -90,10 +87,13 @@ impl RowSteps {
             return;
         }
         let offsets = self.rows.cohorts.offsets().iter();
-        let scalars: Vec<AdamScalars> =
-            offsets.map(|&offset| adam.scalars(step - offset as f64, 1.0)).collect();
-        self.single.fill(&scalars);
-        self.double.fill(&scalars);
+        let corrections = offsets.map(|&offset| {
+            let AdamScalars { change, eps, .. } = adam.scalars(step - offset as f64, 1.0);
+            [change, eps]
+        });
+        let corrections: Vec<[f64; 2]> = corrections.collect();
+        self.single.fill(&corrections);
+        self.double.fill(&corrections);
     }
 
     /// The rows without their scalars.
@@ -198,9 +198,7 @@ impl Rows {
             return None;
         }
         let codes = self.cohorts.codes();
-        let kernel = Activity { walk: self.walk(span.start), codes, len: span.len(), active: room };
-        let active = isa.run(kernel);
-        (!active.iter().all(|active| *active)).then_some(active)
+        isa.run(Activity { walk: self.walk(span.start), codes, len: span.len(), active: room })
     }
 
     fn walk(&self, start: usize) -> RowWalk {
@@ -208,7 +206,7 @@ impl Rows {
     }
 }
 
-/// Says of elements whether their rows take part.
+/// Says of elements whether their rows take part; `None`: all do.
 struct Activity<'a, 'b> {
     walk: RowWalk,
     codes: &'a Codes,
@@ -217,15 +215,17 @@ struct Activity<'a, 'b> {
 }
 
 impl<'b> Kernel for Activity<'_, 'b> {
-    type Output = &'b [bool];
+    type Output = Option<&'b [bool]>;
 
     #[inline(always)]
-    fn run(self) -> &'b [bool] {
+    fn run(self) -> Option<&'b [bool]> {
         let Self { mut walk, codes, len, active } = self;
         let first = match codes {
             Codes::Few(codes) => walk.write(codes, len, active, |code| code != SKIPPED as u8),
             Codes::Many(codes) => walk.write(codes, len, active, |code| code != SKIPPED),
         };
-        &active[first..first + len]
+        let active = &active[first..first + len];
+        let all = active.iter().fold(true, |all, active| all & active);
+        (!all).then_some(active)
     }
 }

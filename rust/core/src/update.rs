@@ -272,6 +272,7 @@ pub(crate) struct Block<'a, C> {
 
 impl<'a, C: Compute> Block<'a, C> {
     /// The same, if it is in fp32.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(crate) fn singles(self) -> Option<Block<'a, f32>> {
         Some(Block {

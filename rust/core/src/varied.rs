@@ -1,6 +1,7 @@
 //! The update where scalars differ from element to element: rows of several ages, bounds of their
 //! own. The equations are those of `update`; what differs is read beside the elements.
 
+#[cfg(target_arch = "x86_64")]
 use std::any::Any;
 use std::ops::Range;
 
@@ -81,7 +82,7 @@ impl<C: Compute> Kernel for VariedUpdate<'_, C> {
 
 #[cfg(target_arch = "x86_64")]
 impl<C: Compute> VariedUpdate<'_, C> {
-    /// Where all is in fp32 and nothing but rows differ, there is a faster loop.
+    /// Where all is in fp32, only rows differ and AMSGrad is not asked for, there is a faster loop.
     #[inline(always)]
     fn run_with(self, lanes: impl Lanes) {
         let only_rows = self.limits.is_none() && self.block.max_exp_avg_sq.is_none();
