@@ -355,9 +355,9 @@ mod tests {
 
     /// Reads rows of all lengths with the codes and tables of so many ages, against what each
     /// element's row says.
-    fn check<T: RowCode, L: Lanes, const PARTS: usize>(len: usize, lanes: L)
+    fn check<T, L: Lanes, const PARTS: usize>(len: usize, lanes: L)
     where
-        T: TryFrom<usize, Error: std::fmt::Debug>,
+        T: RowCode + TryFrom<usize, Error: std::fmt::Debug>,
     {
         let table = |seed: usize| (0..len).map(|code| (code * 2 + seed) as f32).collect::<Vec<_>>();
         let (change, eps) = (table(0), table(1));
