@@ -350,9 +350,29 @@ proptest! {
     }
 }
 
-/// Rows of so many ages, in any order, with or without some that are skipped: what the loops tell
-/// apart that keep all in registers.
-fn mixed_rows() -> impl Strategy<Value = Case> {
+/// Rows of so many ages, of which each is there if there are rows enough, with or without some that
+/// are skipped: what the loops tell apart that keep all in registers.
+fn mixed_rows(ages: u64, shape: [usize; 3], skips: Option<u64>, seed: u64) -> Case {
+    let row = |row: u64| {
+        let number = (row ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+        let age = if row < ages { row } else { number % ages };
+        (age as i64, skips.is_some_and(|every| (number >> 20).is_multiple_of(every)))
+    };
+    Case {
+        dtypes: [DType::F32; SIDES],
+        shape,
+        strides: None,
+        adam: Adam::default(),
+        step: 700.0,
+        coefficient: 1.0,
+        bounds: Bounds::default(),
+        rows: Some((1, (0..shape[1] as u64).map(row).collect())),
+        limits: None,
+        seed,
+    }
+}
+
+fn any_mixed_rows() -> impl Strategy<Value = Case> {
     let ages = prop::sample::select(vec![1u64, 2, 15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 600]);
     let rows = prop_oneof![1 => 1usize..20, 4 => 1usize..900];
     let shape = (1usize..4, rows, prop_oneof![1usize..18, 18usize..70]);
@@ -362,34 +382,27 @@ fn mixed_rows() -> impl Strategy<Value = Case> {
     let numbers = (any_adam(), any_bounds(), prop::sample::select(vec![1.0, 0.25]));
     (kinds, numbers).prop_map(|((ages, (outer, rows, inner), skips, seed, grad), numbers)| {
         let (adam, bounds, coefficient) = numbers;
-        let rows = rows.min(9_000 / inner);
-        let row = |row: u64| {
-            let number = (row ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
-            (
-                (number % ages) as i64,
-                skips.is_some_and(|every| (number >> 20).is_multiple_of(every)),
-            )
-        };
-        Case {
-            dtypes: [DType::F32, grad, DType::F32, DType::F32, DType::F32],
-            shape: [outer, rows, inner],
-            strides: None,
-            adam: Adam { second_moment: SecondMoment::Running, ..adam },
-            step: 700.0,
-            coefficient,
-            bounds,
-            rows: Some((1, (0..rows as u64).map(row).collect())),
-            limits: None,
-            seed,
-        }
+        let shape = [outer, rows.min(9_000 / inner), inner];
+        let dtypes = [DType::F32, grad, DType::F32, DType::F32, DType::F32];
+        let adam = Adam { second_moment: SecondMoment::Running, ..adam };
+        Case { dtypes, adam, bounds, coefficient, ..mixed_rows(ages, shape, skips, seed) }
     })
+}
+
+#[test]
+fn as_many_ages_as_a_table_or_a_byte_holds_equal_the_slow_twin() {
+    let borders = [15, 16, 31, 32, 63, 64, 127, 128, 255, 256, 257];
+    let cases = borders.into_iter().flat_map(|ages| {
+        [1, 3, 17].map(|inner| mixed_rows(ages, [2, ages as usize + 3, inner], None, ages))
+    });
+    check(&cases.collect::<Vec<_>>());
 }
 
 proptest! {
     #![proptest_config(one_in(4))]
 
     #[test]
-    fn mixed_rows_of_any_length_and_ages_equal_the_slow_twin(case in mixed_rows()) {
+    fn mixed_rows_of_any_length_and_ages_equal_the_slow_twin(case in any_mixed_rows()) {
         check(&[case]);
     }
 }
